@@ -1,0 +1,271 @@
+"""Run folders on disk: what each holds, what state it is in, and who may work in it.
+
+The folder is the truth: a state is read from it and kept nowhere else.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import UserError
+from benchmarks.files import (
+    canonical_json,
+    read_json,
+    read_json_lines,
+    sha256,
+    write_json,
+    write_text,
+    writing,
+)
+from benchmarks.plan import Plan
+from benchmarks.run import SCHEMA, Run
+
+COMMITTED = ("config.json", "environment.json", "metrics.jsonl", "result.json")
+
+
+class State(StrEnum):
+    """Where a run stands."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"  # somebody holds its lock
+    INTERRUPTED = "INTERRUPTED"  # begun, nobody is at it: it continues from its checkpoint
+    DONE = "DONE"
+    FAILED = "FAILED"
+    BLOCKED = "BLOCKED"  # its parent failed
+    UNAVAILABLE = "UNAVAILABLE"  # its data could not be had
+
+
+class Busy(UserError):
+    """Another process works on the run."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: Where it is, or will be.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    def create(self, run: Run) -> None:
+        """Make the folder and write down what the run is. Idempotent."""
+        config = {
+            "schema": SCHEMA,
+            "identity": run.identity,
+            "run": run.model_dump(mode="json"),
+        }
+        path = self.path / "config.json"
+        if not path.exists() or read_json(path) != config:
+            write_json(path, config)
+
+    def run(self) -> Run:
+        """The run of this folder.
+
+        Raises:
+            UserError: The configuration is of another version or does not fit its identity.
+        """
+        path = self.path / "config.json"
+        config = read_json(path)
+        if config.get("schema") != SCHEMA:
+            raise UserError(f"{path}: schema version {config.get('schema')}, expected {SCHEMA}")
+        run = Run.model_validate_json(json.dumps(config["run"]))
+        if run.identity != config["identity"]:
+            raise UserError(f"{path}: settings and identity do not fit: the file was edited")
+        return run
+
+    def state(self) -> State:
+        """The run's state as the folder shows it (parents and data aside)."""
+        state = self.state_of_files()
+        return State.RUNNING if state is not State.DONE and self._locked() else state
+
+    def state_of_files(self) -> State:
+        """The state when nobody is at work."""
+        if (self.path / "result.json").exists():
+            return State.DONE
+        if (self.path / "failure.json").exists():
+            return State.FAILED
+        begun = self.checkpoints.is_dir() or (self.path / "progress.json").exists()
+        return State.INTERRUPTED if begun else State.PENDING
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run; the lock goes with the process, however it ends.
+
+        Raises:
+            Busy: Another process holds it.
+        """
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if not _try_lock(handle):
+                raise Busy(f"{self.path.name}: another process is training this run")
+            yield
+        finally:
+            os.close(handle)
+
+    def _locked(self) -> bool:
+        try:
+            handle = os.open(self.path / "lock", os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    # What a run writes
+
+    def add_environment(self, environment: dict[str, Any], *, epoch: int, step: int) -> None:
+        """Note where the run is being trained from ``epoch`` and ``step`` on.
+
+        A run that stays in one environment has one segment, however often it was continued.
+        """
+        path = self.path / "environment.json"
+        segments = read_json(path)["segments"] if path.exists() else []
+        segments = [s for s in segments if (s["epoch"], s["step"]) < (epoch, step)]
+        if not segments or segments[-1]["environment"] != environment:
+            segments.append({"epoch": epoch, "step": step, "environment": environment})
+        write_json(path, {"segments": segments})
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record an epoch."""
+        return read_json_lines(self.path / "metrics.jsonl")
+
+    def keep_metrics(self, epochs: int) -> list[dict[str, Any]]:
+        """Drop the records of epochs after ``epochs``: they will be trained again."""
+        kept = [record for record in self.metrics() if record["epoch"] <= epochs]
+        write_text(self.path / "metrics.jsonl", "".join(canonical_json(r) + "\n" for r in kept))
+        return kept
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        """Add one epoch's record."""
+        with writing(self.path), (self.path / "metrics.jsonl").open("a") as file:
+            file.write(canonical_json(record) + "\n")
+
+    def progress(self) -> dict[str, Any]:
+        """The latest sign of life; empty if there is none."""
+        path = self.path / "progress.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_progress(self, progress: dict[str, Any]) -> None:
+        """Leave a sign of life."""
+        write_json(self.path / "progress.json", progress, durable=False)
+
+    def result(self) -> dict[str, Any]:
+        """The result of a finished run.
+
+        Raises:
+            UserError: There is none, or a number in it was edited.
+        """
+        path = self.path / "result.json"
+        result = read_json(path)
+        content = {key: value for key, value in result.items() if key != "digest"}
+        if result.get("digest") != sha256(canonical_json(content)):
+            raise UserError(f"{path}: its digest does not fit: the file was edited or damaged")
+        return result
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Finish the run."""
+        write_json(self.path / "result.json", result | {"digest": sha256(canonical_json(result))})
+        (self.path / "failure.json").unlink(missing_ok=True)
+
+    def failure(self) -> dict[str, Any]:
+        """Why the run failed: ``reason`` and ``traceback``; empty if it did not."""
+        path = self.path / "failure.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_failure(self, reason: str, traceback: str) -> None:
+        """Mark the run as failed."""
+        write_json(self.path / "failure.json", {"reason": reason, "traceback": traceback})
+
+    def retry(self) -> None:
+        """Let a failed run be tried again; the failure stays on record under another name."""
+        failure = self.path / "failure.json"
+        if failure.exists():
+            failure.rename(self.path / f"failure-{len(self.earlier_failures()) + 1}.json")
+
+    def earlier_failures(self) -> list[str]:
+        """Reasons of the failures before ``retry``, oldest first."""
+        return [read_json(p)["reason"] for p in sorted(self.path.glob("failure-*.json"))]
+
+
+def _try_lock(handle: int) -> bool:
+    """Take the lock; a moment's patience, since whoever asks for the state holds it briefly."""
+    for _ in range(20):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
+
+
+class Store:
+    """The run folders of one profile.
+
+    Args:
+        root: ``RUNS_DIR/<profile>`` or ``results/<profile>``.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, run: Run) -> RunFolder:
+        """The folder of a run."""
+        return RunFolder(self.root / "runs" / run.name)
+
+    def states(self, plan: Plan) -> dict[str, State]:
+        """The state of every run of a plan, by identity; children of a failed run are BLOCKED."""
+        states: dict[str, State] = {}
+        for run in plan.runs:
+            state = self.folder(run).state()
+            parent = states.get(run.parent or "")
+            stuck = parent in (State.FAILED, State.BLOCKED)
+            unstarted = state in (State.PENDING, State.INTERRUPTED)
+            states[run.identity] = State.BLOCKED if stuck and unstarted else state
+        return states
+
+    def publish(self, plan: Plan, target: "Store") -> None:
+        """Copy the small files of every finished or failed run; remove runs not in the plan."""
+        wanted = {run.name for run in plan.runs}
+        for stale in _folders(target.root / "runs"):
+            if stale.name not in wanted:
+                shutil.rmtree(stale)
+        plan.write(target.root)
+        for run in plan.runs:
+            source, copy = self.folder(run), target.folder(run)
+            state = source.state()
+            files = {State.DONE: COMMITTED, State.FAILED: ("config.json", "failure.json")}
+            if state not in files:
+                if copy.path.exists():
+                    shutil.rmtree(copy.path)
+                continue
+            for name in files[state]:
+                content = (source.path / name).read_text()
+                if not (copy.path / name).exists() or (copy.path / name).read_text() != content:
+                    write_text(copy.path / name, content)
+            for extra in _files(copy.path):
+                if extra.name not in files[state]:
+                    extra.unlink()
+
+
+def _folders(path: Path) -> Iterable[Path]:
+    return [p for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+
+
+def _files(path: Path) -> Iterable[Path]:
+    return [p for p in path.iterdir() if p.is_file()] if path.is_dir() else []

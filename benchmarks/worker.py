@@ -1,0 +1,338 @@
+"""Carries one run out: trains or post-trains, checkpoints, resumes, and writes the result."""
+
+import hashlib
+import math
+import os
+import time
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks import assembly, checkpoint, environment
+from benchmarks.errors import UserError
+from benchmarks.files import sha256
+from benchmarks.plan import Plan
+from benchmarks.run import SCHEMA, Run
+from benchmarks.store import Busy, RunFolder, State, Store
+from pof import data
+from pof.post_training import is_runaway
+from pof.training import NonFiniteLoss, Trainer, evaluate
+
+CHECKPOINT_SECONDS = 60.0
+PROGRESS_SECONDS = 1.0
+
+
+class Ending(StrEnum):
+    """How a worker left a run."""
+
+    DONE = "DONE"
+    FAILED = "FAILED"
+    INTERRUPTED = "INTERRUPTED"
+    BUSY = "BUSY"
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: The device is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} cannot be used; try cpu, cuda or auto") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of the device that computes."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return environment.cpu_name()
+
+
+def compute_deterministically() -> None:
+    """Same settings, same seed, same machine: same bits. Full precision where fp32 is asked."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+class Worker:
+    """Carries out runs of one plan, one after the other.
+
+    Args:
+        store: Where the run folders are.
+        plan: The runs.
+        data_dir: Where data sets are.
+        device: What computes.
+        should_stop: Asked after every step; ``True`` makes the run checkpoint and stop.
+        checkpoint_seconds: Most time between two checkpoints.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        plan: Plan,
+        data_dir: Path,
+        *,
+        device: torch.device,
+        should_stop: Callable[[], bool] = lambda: False,
+        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    ) -> None:
+        compute_deterministically()
+        self.store = store
+        self.plan = plan
+        self.data_dir = data_dir
+        self.device = device
+        self.should_stop = should_stop
+        self.checkpoint_seconds = checkpoint_seconds
+        self._runs = plan.by_identity()
+        self._datasets: dict[str, data.Dataset] = {}
+
+    def carry_out(self, run: Run) -> tuple[Ending, str]:
+        """Train a run to its end, or as far as it goes.
+
+        Returns:
+            How it ended, and in one line why if it did not end well.
+        """
+        folder = self.store.folder(run)
+        try:
+            with folder.lock():
+                if folder.state_of_files() in (State.DONE, State.FAILED):
+                    return Ending(folder.state_of_files()), ""
+                return self._guarded(run, folder)
+        except Busy as error:
+            return Ending.BUSY, str(error)
+        except UserError as error:  # the folder itself cannot be written
+            return Ending.FAILED, str(error)
+
+    def _guarded(self, run: Run, folder: RunFolder) -> tuple[Ending, str]:
+        """Train; whatever goes wrong is written down and stops nobody else."""
+        try:
+            folder.create(run)
+            finished = _Attempt(self, run, folder).train()
+            return (Ending.DONE if finished else Ending.INTERRUPTED), ""
+        except Exception as error:
+            expected = isinstance(error, UserError | NonFiniteLoss)
+            reason = str(error) if expected else f"{type(error).__name__}: {error}"
+            reason = reason.splitlines()[0]
+            folder.write_failure(reason, traceback.format_exc())
+            return Ending.FAILED, reason
+
+    def dataset(self, name: str) -> data.Dataset:
+        """A data set, read once a process."""
+        if name not in self._datasets:
+            self._datasets[name] = assembly.load_dataset(name, self.data_dir)
+        return self._datasets[name]
+
+    def parent_state(self, run: Run) -> tuple[dict[str, Any], str]:
+        """The final checkpoint of the run's parent and its checksum.
+
+        Raises:
+            UserError: It is not finished, or its checkpoint is gone or damaged.
+        """
+        parent = self._runs[run.parent or ""]
+        folder = self.store.folder(parent)
+        result = folder.result()
+        loaded = checkpoint.load_newest(folder.checkpoints)
+        if loaded.state is None or loaded.checksum != result["checkpoint_sha256"]:
+            raise UserError(
+                f"{folder.path}: the final checkpoint is missing or damaged, and "
+                f"{run.name} starts from it; remove this folder and run again to train it anew"
+            )
+        return loaded.state["trainer"], loaded.checksum
+
+
+class _Attempt:
+    """One process's work on one run, from its last checkpoint on."""
+
+    def __init__(self, worker: Worker, run: Run, folder: RunFolder) -> None:
+        self.worker = worker
+        self.run = run
+        self.folder = folder
+        self.settings = run.settings
+        self.warnings: list[str] = []
+        self.starts = 0
+        self.seconds_before = 0.0
+        self.parent: dict[str, str] | None = None
+        self._began = self._saved = self._shown = time.monotonic()
+        self._epoch_began = (0, self._began)
+
+    def train(self) -> bool:
+        """Train to the end; ``False`` if asked to stop on the way."""
+        settings = self.settings
+        self.folder.write_progress(self._progress(settings.first_epoch, 0, 0))
+        subject = assembly.prepare_subject(
+            settings, self.worker.dataset(settings.dataset), self.worker.device
+        )
+        trainer = assembly.build_trainer(settings, subject, self.worker.device)
+        history = self._resume(trainer)
+        self._write_environment(trainer)
+        network, images = trainer.network, len(subject.train_labels)
+        self._began = self._saved = time.monotonic()
+        while trainer.epoch < settings.last_epoch:
+            began, first_step = time.monotonic(), trainer.step
+            self._epoch_began = (first_step, began)
+            record = trainer.train_epoch(lambda: self._after_step(trainer))
+            if record is None:
+                self._save(trainer)
+                return False
+            steps = trainer.batches.per_epoch
+            share = (steps - first_step) / steps
+            record["images_per_second"] = share * images / (time.monotonic() - began)
+            last = trainer.epoch == settings.last_epoch
+            if last or trainer.epoch % self.run.evaluate_every == 0:
+                loss, error = evaluate(
+                    network,
+                    subject.test_images,
+                    subject.test_labels,
+                    subject.normalise,
+                    settings.precision,
+                )
+                record |= {"test_loss": loss, "test_error": error}
+            entry = {"epoch": trainer.epoch} | {k: _finite(v) for k, v in record.items()}
+            self.folder.append_metrics(entry)
+            history.append(entry)
+            self.folder.write_progress(self._progress(trainer.epoch, 0, steps) | {"latest": entry})
+            if not last and self._due():
+                self._save(trainer)
+            if not last and self.worker.should_stop():
+                self._save(trainer)
+                return False
+        self._finish(trainer, history)
+        return True
+
+    def _resume(self, trainer: Trainer) -> list[dict[str, Any]]:
+        """Bring the trainer to where the run stands; returns the epochs' records so far."""
+        loaded = checkpoint.load_newest(self.folder.checkpoints)
+        self.warnings += loaded.warnings
+        if self.run.parent is not None:
+            parent_state, checksum = self.worker.parent_state(self.run)
+            self.parent = {"identity": self.run.parent, "checkpoint_sha256": checksum}
+        if loaded.state is not None and loaded.state["identity"] == self.run.identity:
+            self.starts = loaded.state["starts"] + 1
+            self.seconds_before = loaded.state["seconds"]
+            self.warnings = loaded.state["warnings"] + self.warnings
+            trainer.load_state_dict(loaded.state["trainer"])
+            return self.folder.keep_metrics(trainer.epoch)
+        if loaded.warnings:
+            self.warnings.append("no usable checkpoint: started over")
+        if self.run.parent is not None:
+            assembly.inherit(trainer, parent_state, self.settings)
+        return self.folder.keep_metrics(self.settings.first_epoch)
+
+    def _after_step(self, trainer: Trainer) -> bool:
+        """Between two steps: show a sign of life, checkpoint when due, stop when asked."""
+        now = time.monotonic()
+        if now - self._shown > PROGRESS_SECONDS:
+            self._shown = now
+            self.folder.write_progress(
+                self._progress(trainer.epoch, trainer.step, trainer.batches.per_epoch)
+            )
+        if self.worker.should_stop():
+            return False
+        if self._due():
+            trainer.check_finite()
+            self._save(trainer)
+        return True
+
+    def _due(self) -> bool:
+        return time.monotonic() - self._saved > self.worker.checkpoint_seconds
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.monotonic() - self._began
+
+    def _save(self, trainer: Trainer, *, keep: int = 2) -> str:
+        state = {
+            "identity": self.run.identity,
+            "starts": self.starts,
+            "seconds": self._seconds(),
+            "warnings": self.warnings,
+            "trainer": trainer.state_dict(),
+        }
+        checksum = checkpoint.save(
+            self.folder.checkpoints, state, epoch=trainer.epoch, step=trainer.step, keep=keep
+        )
+        self._saved = time.monotonic()
+        return checksum
+
+    def _progress(self, epoch: int, step: int, steps: int) -> dict[str, Any]:
+        """A sign of life: where the run stands and how fast it goes."""
+        first_step, began = self._epoch_began
+        elapsed = time.monotonic() - began
+        speed = (step - first_step) * self.settings.batch_size / elapsed if step else None
+        previous = self.folder.metrics()
+        return {
+            "pid": os.getpid(),
+            "epoch": epoch,
+            "step": step,
+            "steps": steps,
+            "images_per_second": speed,
+            "latest": previous[-1] if previous else None,
+        }
+
+    def _write_environment(self, trainer: Trainer) -> None:
+        """Note where this attempt runs, beside those before it where they differ."""
+        here = environment.describe(
+            device=device_name(self.worker.device),
+            threads=torch.get_num_threads(),
+            precision=self.settings.precision,
+        )
+        self.folder.add_environment(here, epoch=trainer.epoch, step=trainer.step)
+
+    def _finish(self, trainer: Trainer, history: list[dict[str, Any]]) -> None:
+        """Keep the final checkpoint alone, then write the result: the run is done."""
+        checksum = self._save(trainer, keep=1)
+        last = history[-1]
+        result: dict[str, Any] = {
+            "schema": SCHEMA,
+            "identity": self.run.identity,
+            "method": self.run.method,
+            "epochs": [self.settings.first_epoch, self.settings.last_epoch],
+            "test_error": last["test_error"],
+            "test_loss": last["test_loss"],
+            "train_error": last["train_error"],
+            "train_loss": last["train_loss"],
+            "seconds": round(self._seconds(), 3),
+            "starts": self.starts + 1,
+            "weights_sha256": weights_sha256(trainer.network),
+            "classifier_sha256": weights_sha256(trainer.network.classifier),
+            "checkpoint_sha256": checksum,
+            "metrics_sha256": sha256((self.folder.path / "metrics.jsonl").read_bytes()),
+            "parent": self.parent,
+            "warnings": self.warnings
+            + [f"earlier attempt failed: {reason}" for reason in self.folder.earlier_failures()],
+        }
+        if self.settings.pof is not None:
+            result["runaway"] = is_runaway([_with_nan(record) for record in history])
+            result["capped_share"] = sum(r["capped_share"] for r in history) / len(history)
+        self.folder.write_result(result)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """SHA-256 of every parameter and buffer, in order: equal if and only if all bits are."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: a number that does not exist is null."""
+    return value if math.isfinite(value) else None
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, float]:
+    return {key: math.nan if value is None else value for key, value in record.items()}
