@@ -55,18 +55,17 @@ class Plan(Strict):
         """Runs by identity."""
         return {run.identity: run for run in self.runs}
 
-    def write(self, folder: Path) -> None:
-        """Write ``plan.json`` into ``folder``."""
-        write_json(folder / FILE, self.model_dump(mode="json"))
+    def write(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, self.model_dump(mode="json"))
 
 
-def read(folder: Path) -> Plan:
-    """Read the plan of ``folder``.
+def read(path: Path) -> Plan:
+    """Read a plan.
 
     Raises:
         UserError: There is none, or it is of another version or broken.
     """
-    path = folder / FILE
     content = read_json(path)
     if content.get("schema_version") != SCHEMA:
         raise UserError(

@@ -5,6 +5,7 @@ settings, the fingerprint of its data, and the identity of the run it starts fro
 and worker counts are not part of it.
 """
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import TypeAdapter
@@ -80,7 +81,7 @@ class Run(Strict):
     parent: str | None
     evaluate_every: int
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """SHA-256 of all that can change this run's numbers."""
         settings = TypeAdapter(RunSettings).dump_python(self.settings, mode="json")

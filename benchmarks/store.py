@@ -215,10 +215,10 @@ def _try_lock(handle: int) -> bool:
 
 
 class Store:
-    """The run folders of one profile.
+    """A folder of run folders. Profiles that ask for the same run share it.
 
     Args:
-        root: ``RUNS_DIR/<profile>`` or ``results/<profile>``.
+        root: ``RUNS_DIR``, or ``results/<profile>/runs``.
     """
 
     def __init__(self, root: Path) -> None:
@@ -226,7 +226,7 @@ class Store:
 
     def folder(self, run: Run) -> RunFolder:
         """The folder of a run."""
-        return RunFolder(self.root / "runs" / run.name)
+        return RunFolder(self.root / run.name)
 
     def states(self, plan: Plan) -> dict[str, State]:
         """The state of every run of a plan, by identity; children of a failed run are BLOCKED."""
@@ -242,10 +242,9 @@ class Store:
     def publish(self, plan: Plan, target: "Store") -> None:
         """Copy the small files of every finished or failed run; remove runs not in the plan."""
         wanted = {run.name for run in plan.runs}
-        for stale in _folders(target.root / "runs"):
+        for stale in _folders(target.root):
             if stale.name not in wanted:
                 shutil.rmtree(stale)
-        plan.write(target.root)
         for run in plan.runs:
             source, copy = self.folder(run), target.folder(run)
             state = source.state()
