@@ -65,5 +65,5 @@ class Objective:
     def gradient(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> Outcome:
         """Add ``weight`` × the gradient on this batch to ``.grad``; the outcome is detached."""
         outcome = self(images, labels)
-        (outcome.loss * weight).backward()  # type: ignore[no-untyped-call]
+        (outcome.loss * weight).backward()
         return Outcome(outcome.loss.detach(), outcome.error)

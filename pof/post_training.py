@@ -101,7 +101,7 @@ class PoFGradient:
             weight - step.weight.to(weight.dtype),
             bias - step.bias.to(bias.dtype),
         )
-        perturbed.loss.backward()  # type: ignore[no-untyped-call]
+        perturbed.loss.backward()
         return outcome
 
     @torch.no_grad()

@@ -240,9 +240,24 @@ def _settings(profile: Profile) -> str:
         f"- SAM ρ = {profile.sam.rho:g}; PoF γ = {profile.pof.gamma:g}, direction "
         f"{profile.pof.direction}, {profile.pof.search} search, cap {profile.pof.cap:g} "
         f"({profile.pof.cap_unit}), capped batches: {profile.pof.capped}",
+        *_differences(profile),
         "- every setting of every run: [plan.json](plan.json)",
     ]
     return "\n".join(["## Settings", "", *lines])
+
+
+def _differences(profile: Profile) -> list[str]:
+    """A line for each override and each post-training method of the profile's own."""
+    lines = []
+    for override in profile.override:
+        where = ", ".join(override.where.model_dump(exclude_none=True).values())
+        tables = override.model_dump(exclude={"where"})
+        changes = [f"{t}.{k} = {v}" for t, table in tables.items() for k, v in table.items()]
+        lines.append(f"- for {where}: {', '.join(changes)}")
+    for name, settings in profile.variants.items():
+        differs = ", ".join(f"{key} = {value}" for key, value in settings.items())
+        lines.append(f"- +{name} is +pof with {differs}")
+    return lines
 
 
 def _made(results: Results) -> str:

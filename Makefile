@@ -1,0 +1,67 @@
+# The reproducibility benchmark of PoF. `make help` lists what there is.
+
+PROFILE     ?= quick
+JOBS        ?= 0
+DEVICE      ?= auto
+DATA_DIR    ?= data
+RUNS_DIR    ?= runs
+RESULTS_DIR ?= results
+
+# PYTHON makes the virtual environment in VENV. With VENV= (empty) nothing is installed and PYTHON
+# is used as it is, packages and all.
+PYTHON ?= python3
+VENV   ?= .venv
+
+ifeq ($(strip $(VENV)),)
+PY    := $(PYTHON)
+READY :=
+else
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help setup reproduce-table report status doctor test lint clean
+
+help:  ## List the targets and the variables they take
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
+	  awk -F'\t' '{ printf "  make %-17s %s\n", $$1, $$2 }'
+	@printf '\n  PROFILE=%s JOBS=%s DEVICE=%s DATA_DIR=%s RUNS_DIR=%s RESULTS_DIR=%s\n' \
+	  $(PROFILE) $(JOBS) $(DEVICE) $(DATA_DIR) $(RUNS_DIR) $(RESULTS_DIR)
+	@printf '  JOBS=0: a worker a core (one on a GPU). VENV= : use PYTHON=%s and its packages.\n' $(PYTHON)
+
+setup: $(READY)  ## Make the virtual environment with the pinned packages
+
+$(VENV)/.ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is older than Python 3.11: name a newer one with PYTHON=…"; exit 1; }
+	@echo "setting up $(VENV) (once; a few minutes) …"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "no virtual environment could be made: install Debian's package python3-venv"; exit 1; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+reproduce-table: $(READY)  ## Train what is missing of PROFILE and write its table of test errors
+	@$(PY) -m benchmarks reproduce-table --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
+
+report: $(READY)  ## Rebuild the table of PROFILE from the records of its runs
+	@$(PY) -m benchmarks report --profile $(PROFILE) --results-dir $(RESULTS_DIR)
+
+status: $(READY)  ## Show where the runs of PROFILE stand
+	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR)
+
+doctor: $(READY)  ## Check data sets, packages, device, disk and write access
+	@$(PY) -m benchmarks doctor --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)
+
+test: $(READY)  ## Run the whole test suite
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+
+lint: $(READY)  ## Check formatting, style and types
+	@$(PY) -m ruff format --check .
+	@$(PY) -m ruff check .
+	@$(PY) -m mypy
+
+clean:  ## Remove the virtual environment and caches; data, runs and results stay
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
