@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table report status doctor test lint clean
+.PHONY: help setup reproduce-table report plan calibrate status doctor test lint clean
 
 help:  ## List the targets and the variables they take
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
@@ -47,6 +47,13 @@ reproduce-table: $(READY)  ## Train what is missing of PROFILE and write its tab
 
 report: $(READY)  ## Rebuild the table of PROFILE from the records of its runs
 	@$(PY) -m benchmarks report --profile $(PROFILE) --results-dir $(RESULTS_DIR)
+
+plan: $(READY)  ## Say what PROFILE costs before it is launched: time, disk, when it is finished
+	@$(PY) -m benchmarks plan --profile $(PROFILE) --runs-dir $(RUNS_DIR)
+
+calibrate: $(READY)  ## Measure what the steps of PROFILE cost on this device
+	@$(PY) -m benchmarks calibrate --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
+	  --runs-dir $(RUNS_DIR)
 
 status: $(READY)  ## Show where the runs of PROFILE stand
 	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR)

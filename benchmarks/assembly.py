@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.errors import UserError
 from benchmarks.run import RunSettings
+from benchmarks.settings import DataSettings
 from pof import data, network
 from pof.data.augmentation import Normalise
 from pof.data.batches import Batches
@@ -30,6 +31,21 @@ def load_dataset(name: str, folder: Path) -> data.Dataset:
         return data.load(name, folder)
     except PofError as error:
         raise UserError(str(error)) from error
+
+
+def training_size(dataset: str, choice: DataSettings, total: int) -> int:
+    """How many of a data set's training images are trained on.
+
+    Raises:
+        UserError: More are asked for than there are, or all are held out.
+    """
+    size = choice.train_size or max(1, total - choice.holdout)
+    if size + choice.holdout > total:
+        raise UserError(
+            f"{dataset}: data.train_size {size} and data.holdout {choice.holdout} "
+            f"exceed its {total} training images"
+        )
+    return size
 
 
 @dataclass(frozen=True)
@@ -67,12 +83,7 @@ def prepare_subject(settings: RunSettings, dataset: data.Dataset, device: torch.
     train, test = dataset.train, dataset.test
     total = len(train.labels)
     choice = settings.data
-    size = choice.train_size or total - choice.holdout
-    if size + choice.holdout > total:
-        raise UserError(
-            f"{settings.dataset}: data.train_size {size} and data.holdout {choice.holdout} "
-            f"exceed its {total} training images"
-        )
+    size = training_size(settings.dataset, choice, total)
     train_images, train_labels = train.images, train.labels
     test_images, test_labels = test.images, test.labels
     if size < total:

@@ -7,7 +7,7 @@ loaded with ``weights_only=True``. The one before the newest is kept, to fall ba
 
 import hashlib
 import io
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.errors import UserError
-from benchmarks.files import sha256, write_bytes
+from benchmarks.files import remove_drafts, sha256, write_bytes, writing
+
+_NAME = re.compile(r"e(\d+)-s(\d+)-[0-9a-f]+\.pt")
 
 
 class Loaded(NamedTuple):
@@ -33,7 +35,10 @@ class Loaded(NamedTuple):
 
 
 def save(folder: Path, state: Mapping[str, Any], *, epoch: int, step: int, keep: int = 2) -> str:
-    """Write a checkpoint and remove all but the newest ``keep``.
+    """Write a checkpoint and remove all but it and the ``keep - 1`` before it.
+
+    Any that claims to be of the same place or further on is damaged, or it would have been
+    continued from, and goes too.
 
     Returns:
         SHA-256 of the file.
@@ -45,9 +50,15 @@ def save(folder: Path, state: Mapping[str, Any], *, epoch: int, step: int, keep:
     torch.save(dict(state), buffer)
     content = buffer.getvalue()
     checksum = sha256(content)
-    write_bytes(folder / f"e{epoch:04d}-s{step:06d}-{checksum}.pt", content)
-    for old in _newest_first(folder)[keep:]:
-        old.unlink(missing_ok=True)
+    written = folder / f"e{epoch:04d}-s{step:06d}-{checksum}.pt"
+    write_bytes(written, content)
+    before = [path for path in _newest_first(folder) if _place(path) < (epoch, step)]
+    kept = {written, *before[: keep - 1]}
+    with writing(folder):
+        for path in _newest_first(folder):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+        remove_drafts(folder)
     return checksum
 
 
@@ -82,7 +93,7 @@ def load(path: Path) -> tuple[dict[str, Any], str]:
         )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever a made-up file provokes
         raise UserError(f"{path}: not a checkpoint of this project, refused") from error
     if not isinstance(state, dict):
         raise UserError(f"{path}: not a checkpoint of this project, refused")
@@ -90,4 +101,11 @@ def load(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("e*-s*-*.pt"), key=lambda p: p.name.split("-")[:2], reverse=True)
+    found = [path for path in folder.glob("*.pt") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_place, reverse=True)
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Epoch and step of a checkpoint's name."""
+    epoch, step, _ = path.name.split("-")
+    return int(epoch[1:]), int(step[1:])

@@ -10,7 +10,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.executors.local import Sweep, cost
+from benchmarks.cost import work
+from benchmarks.executors.local import Sweep
 from benchmarks.plan import Plan
 from benchmarks.run import Run
 from benchmarks.store import RunFolder, State, Store
@@ -65,7 +66,8 @@ class Display:
         elif changed is None and time.monotonic() - self._last_plain > _PLAIN_SECONDS:
             self._last_plain = time.monotonic()
             for run in sweep.running():
-                self.console.print(f"  {run.label}: {progress_line(sweep.store.folder(run), run)}")
+                line = f"  {run.label}: {progress_line(sweep.store.folder(run), run)}"
+                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
             self.console.print(self._total(sweep))
 
     def _announce(self, sweep: Sweep, run: Run) -> None:
@@ -82,9 +84,9 @@ class Display:
     def _total(self, sweep: Sweep) -> Text:
         """Over all: how many runs stand where, and the time left at the pace so far."""
         done = work_done(sweep.plan, sweep.store, sweep.states)
-        total = sum(cost(run) for run in sweep.plan.runs)
+        total = sum(work(run) for run in sweep.plan.runs)
         stuck = (State.FAILED, State.BLOCKED)
-        hopeless = sum(cost(r) for r in sweep.plan.runs if sweep.states[r.identity] in stuck)
+        hopeless = sum(work(r) for r in sweep.plan.runs if sweep.states[r.identity] in stuck)
         elapsed = time.monotonic() - sweep.began
         pace = (done - (self._work_at_start or 0.0)) / elapsed if elapsed > 0 else 0.0
         left = duration((total - hopeless - done) / pace) if pace > 0 else "unknown"
@@ -92,10 +94,10 @@ class Display:
 
 
 def work_done(plan: Plan, store: Store, states: dict[str, State]) -> float:
-    """Work done on all runs, in the unit of ``cost``."""
-    shares = {State.DONE: 1.0, State.PENDING: 0.0, State.BLOCKED: 0.0}
+    """Work done on all runs, in the unit of ``cost.work``."""
+    shares = {State.DONE: 1.0, State.PENDING: 0.0, State.FAILED: 0.0, State.BLOCKED: 0.0}
     return sum(
-        cost(run)
+        work(run)
         * (
             shares[s]
             if (s := states[run.identity]) in shares
@@ -141,9 +143,9 @@ def status_view(plan: Plan, store: Store) -> tuple[Group, bool]:
             note = folder.failure()["reason"]
         elif state in (State.RUNNING, State.INTERRUPTED):
             note = progress_line(folder, run)
-        table.add_row(Text(state, _STYLES.get(state, "")), run.label, note)
+        table.add_row(Text(state, _STYLES.get(state, "")), run.label, Text(note))
     for dataset, reason in plan.unavailable.items():
-        table.add_row(Text(State.UNAVAILABLE, _STYLES[State.UNAVAILABLE]), dataset, reason)
+        table.add_row(Text(State.UNAVAILABLE, _STYLES[State.UNAVAILABLE]), dataset, Text(reason))
     return Group(table, Text(counts_line(states))), State.RUNNING in states.values()
 
 

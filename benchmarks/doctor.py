@@ -31,14 +31,15 @@ def examine(console: Console, data_dir: Path, runs_dir: Path) -> bool:
     for column in ("", "machine", "found"):
         table.add_column(column, overflow="fold")
     for fine, name, found in machine:
-        table.add_row(_mark(fine), name, found)
+        table.add_row(_mark(fine), name, Text(found))
     console.print(table, "")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("", "data set", "images", "where", "fingerprint"):
         table.add_column(column, overflow="fold")
     for name in DATASETS:
         with console.status(f"looking for {name} …"):
-            table.add_row(*_dataset(name, data_dir))
+            mark, *cells = _dataset(name, data_dir)
+            table.add_row(mark, *map(Text, cells))
     console.print(table)
     return all(fine for fine, _, _ in machine)
 

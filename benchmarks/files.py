@@ -1,6 +1,7 @@
 """Small files on disk: written whole or not at all, read with one clear line when broken."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import UserError
+
+_DRAFT = ".draft-"
 
 
 def canonical_json(value: Any) -> str:
@@ -23,17 +26,23 @@ def sha256(text: str | bytes) -> str:
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
+class CannotWrite(UserError):
+    """The disk is full or the folder cannot be written: no fault of what was to be written."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into one clear line."""
+    """Turn a full disk or a folder that cannot be written into one clear line.
+
+    Raises:
+        CannotWrite: Whatever the operating system refused.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: no space left to write; free some and run again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-        raise
+            raise CannotWrite(f"{path}: no space left to write; free some and run again") from error
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
@@ -49,7 +58,7 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_DRAFT)
         temporary = Path(name)
         try:
             with os.fdopen(handle, "wb") as file:
@@ -62,6 +71,33 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what a process killed in the middle of ``write_bytes`` left in its folder.
+
+    Only for a folder in which nobody else writes.
+    """
+    for draft in folder.glob(f"{_DRAFT}*"):
+        draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Let in one process at a time; the others wait.
+
+    Args:
+        path: The lock's file, which stays.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with writing(path):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.assembly import load_dataset
+from benchmarks.assembly import load_dataset, training_size
 from benchmarks.errors import UserError
 from benchmarks.settings import Profile
 from pof import data, network
@@ -36,7 +36,8 @@ def take(profile: Profile, data_dir: Path, tell: Callable[[str], None]) -> Inven
         tell: Takes a line for the user.
 
     Raises:
-        UserError: A network does not exist or does not fit its images.
+        UserError: A network does not exist or does not fit its images, or there are fewer
+            images than asked for.
     """
     found = Inventory({}, {}, {})
     for name in profile.datasets:
@@ -50,6 +51,9 @@ def take(profile: Profile, data_dir: Path, tell: Callable[[str], None]) -> Inven
         found.fingerprints[name] = dataset.fingerprint
         found.sources[name] = dataset.source
         tell(f"{name}: {dataset.source}, {dataset.fingerprint[:19]}…")
+        for cell in profile.cells():
+            if cell[0] == name:
+                training_size(name, profile.cell(*cell).data, len(dataset.train))
         _check_networks(profile, dataset.info)
     return found
 

@@ -7,7 +7,9 @@ line that names the file, the key and what is allowed.
 import difflib
 import itertools
 import json
+import math
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -172,20 +174,21 @@ class Profile(CellSettings):
     backbones: Annotated[list[str], Field(min_length=1)]
     augmentations: Annotated[list[AugmentationName], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
-    variants: dict[str, dict[str, Any]] = {}
+    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], dict[str, Any]] = {}
     override: list[Override] = []
 
     @model_validator(mode="after")
     def _methods_exist(self) -> Self:
         known = ", ".join(VARIANTS | self.variants)
+        taken = VARIANTS.keys() & self.variants.keys()
+        if taken:
+            raise ValueError(f"variants: {min(taken)!r} already means something; choose a new name")
         for method in self.methods:
-            base, _, variant = method.partition("+")
+            base, plus, variant = method.partition("+")
             if base not in ("sgd", "sam"):
                 raise ValueError(f"methods: {method!r} must begin with sgd or sam")
-            if variant and variant not in VARIANTS | self.variants:
+            if plus and variant not in VARIANTS | self.variants:
                 raise ValueError(f"methods: no variant {variant!r} in {method!r}; known: {known}")
-            if variant and not self.training.post_epochs:
-                raise ValueError(f"methods: {method!r} needs training.post_epochs above 0")
         for name in ("seeds", "datasets", "backbones", "augmentations", "methods"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -224,11 +227,14 @@ def load_profile(name: str) -> Profile:
     """
     path = _profile_path(name)
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error})") from error
-    if "kind" in tables.get("augmentation", {}):
-        raise UserError(f"{path}: augmentation.kind: say it in the list 'augmentations'")
+    for key, value in _leaves(tables):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{path}: {key}: must be a finite number (found {value})")
+        if key.endswith("augmentation.kind"):
+            raise UserError(f"{path}: {key}: say it in the list 'augmentations'")
     where = ""
     try:
         profile = Profile.model_validate_json(json.dumps(tables, default=str))
@@ -238,6 +244,13 @@ def load_profile(name: str) -> Profile:
         for names in profile.cells():
             where = "with the overrides of " + " ".join(names) + ": "
             cell = profile.cell(*names)
+            if cell.data.holdout != profile.data.holdout:
+                raise UserError(f"{path}: {where}data.holdout: must be the same for every cell")
+            if not cell.training.post_epochs and any("+" in method for method in profile.methods):
+                raise UserError(
+                    f"{path}: {where}training.post_epochs: must be above 0, "
+                    "since a method post-trains"
+                )
             for variant, changes in profile.variants.items():
                 unknown = set(changes) - set(PoFSettings.__dataclass_fields__)
                 if unknown:
@@ -255,6 +268,16 @@ def load_profile(name: str) -> Profile:
 def profile_name(name: str) -> str:
     """What a profile's results are filed under."""
     return Path(name).stem if name.endswith(".toml") else name
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables and lists that is neither, with its dotted key."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, inner in items:
+            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
 
 
 def _profile_path(name: str) -> Path:

@@ -14,20 +14,29 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from benchmarks.errors import UserError
 from benchmarks.files import (
     canonical_json,
     read_json,
     read_json_lines,
+    remove_drafts,
     sha256,
+    write_bytes,
     write_json,
     write_text,
     writing,
 )
 from benchmarks.plan import Plan
 from benchmarks.run import SCHEMA, Run
+from benchmarks.settings import explain
 
 COMMITTED = ("config.json", "environment.json", "metrics.jsonl", "result.json")
+
+
+# What a sign of life holds at least.
+PROGRESS = frozenset({"epoch", "step", "steps", "images_per_second", "latest"})
 
 
 class State(StrEnum):
@@ -58,7 +67,8 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     def create(self, run: Run) -> None:
-        """Make the folder and write down what the run is. Idempotent."""
+        """Make the folder and write down what the run is. Idempotent; for the lock's holder."""
+        remove_drafts(self.path)
         config = {
             "schema": SCHEMA,
             "identity": run.identity,
@@ -78,8 +88,11 @@ class RunFolder:
         config = read_json(path)
         if config.get("schema") != SCHEMA:
             raise UserError(f"{path}: schema version {config.get('schema')}, expected {SCHEMA}")
-        run = Run.model_validate_json(json.dumps(config["run"]))
-        if run.identity != config["identity"]:
+        try:
+            run = Run.model_validate_json(json.dumps(config.get("run")))
+        except ValidationError as error:
+            raise UserError(f"{path}: {explain(error)}") from error
+        if run.identity != config.get("identity"):
             raise UserError(f"{path}: settings and identity do not fit: the file was edited")
         return run
 
@@ -108,7 +121,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _try_lock(handle):
+            with writing(self.path):
+                free = _try_lock(handle)
+            if not free:
                 raise Busy(f"{self.path.name}: another process is training this run")
             yield
         finally:
@@ -117,7 +132,7 @@ class RunFolder:
     def _locked(self) -> bool:
         try:
             handle = os.open(self.path / "lock", os.O_RDONLY)
-        except FileNotFoundError:
+        except OSError:
             return False
         try:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -141,6 +156,18 @@ class RunFolder:
             segments.append({"epoch": epoch, "step": step, "environment": environment})
         write_json(path, {"segments": segments})
 
+    def environments(self) -> list[dict[str, Any]]:
+        """Where the run was trained: one entry, or more where it moved.
+
+        Raises:
+            UserError: It is not on record.
+        """
+        path = self.path / "environment.json"
+        try:
+            return [segment["environment"] for segment in read_json(path)["segments"]]
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: not a record of environments") from error
+
     def metrics(self) -> list[dict[str, Any]]:
         """One record an epoch."""
         return read_json_lines(self.path / "metrics.jsonl")
@@ -152,14 +179,19 @@ class RunFolder:
         return kept
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        """Add one epoch's record."""
+        """Add one epoch's record; on the disk before any checkpoint that comes after it."""
         with writing(self.path), (self.path / "metrics.jsonl").open("a") as file:
             file.write(canonical_json(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def progress(self) -> dict[str, Any]:
-        """The latest sign of life; empty if there is none."""
-        path = self.path / "progress.json"
-        return read_json(path) if path.exists() else {}
+        """The latest sign of life; empty if there is none that can be read."""
+        try:
+            progress = read_json(self.path / "progress.json")
+        except UserError:  # not yet there, or cut off by a power failure: a new one comes soon
+            return {}
+        return progress if progress.keys() >= PROGRESS else {}
 
     def write_progress(self, progress: dict[str, Any]) -> None:
         """Leave a sign of life."""
@@ -186,7 +218,7 @@ class RunFolder:
     def failure(self) -> dict[str, Any]:
         """Why the run failed: ``reason`` and ``traceback``; empty if it did not."""
         path = self.path / "failure.json"
-        return read_json(path) if path.exists() else {}
+        return {"reason": "unknown"} | read_json(path) if path.exists() else {}
 
     def write_failure(self, reason: str, traceback: str) -> None:
         """Mark the run as failed."""
@@ -240,26 +272,37 @@ class Store:
         return states
 
     def publish(self, plan: Plan, target: "Store") -> None:
-        """Copy the small files of every finished or failed run; remove runs not in the plan."""
+        """Copy the small files of every finished or failed run; remove runs not in the plan.
+
+        Raises:
+            UserError: A file of a run is missing, or the target cannot be written.
+        """
         wanted = {run.name for run in plan.runs}
-        for stale in _folders(target.root):
-            if stale.name not in wanted:
-                shutil.rmtree(stale)
-        for run in plan.runs:
-            source, copy = self.folder(run), target.folder(run)
-            state = source.state()
-            files = {State.DONE: COMMITTED, State.FAILED: ("config.json", "failure.json")}
-            if state not in files:
-                if copy.path.exists():
-                    shutil.rmtree(copy.path)
-                continue
-            for name in files[state]:
-                content = (source.path / name).read_text()
-                if not (copy.path / name).exists() or (copy.path / name).read_text() != content:
-                    write_text(copy.path / name, content)
-            for extra in _files(copy.path):
-                if extra.name not in files[state]:
-                    extra.unlink()
+        with writing(target.root):
+            for stale in _folders(target.root):
+                if stale.name not in wanted:
+                    shutil.rmtree(stale)
+            for run in plan.runs:
+                self._publish(self.folder(run), target.folder(run))
+
+    def _publish(self, source: RunFolder, copy: RunFolder) -> None:
+        files = {State.DONE: COMMITTED, State.FAILED: ("config.json", "failure.json")}
+        names = files.get(source.state(), ())
+        for name in names:
+            try:
+                content = (source.path / name).read_bytes()
+            except FileNotFoundError:
+                raise UserError(
+                    f"{source.path / name}: missing; remove its folder to train the run anew"
+                ) from None
+            target = copy.path / name
+            if not target.exists() or target.read_bytes() != content:
+                write_bytes(target, content)
+        for extra in _files(copy.path):
+            if extra.name not in names:
+                extra.unlink()
+        if not names and copy.path.exists():
+            shutil.rmtree(copy.path)
 
 
 def _folders(path: Path) -> Iterable[Path]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import assembly, checkpoint, environment
 from benchmarks.errors import UserError
-from benchmarks.files import sha256
+from benchmarks.files import CannotWrite, sha256
 from benchmarks.plan import Plan
 from benchmarks.run import SCHEMA, Run
 from benchmarks.store import Busy, RunFolder, State, Store
@@ -114,15 +114,21 @@ class Worker:
                 return self._guarded(run, folder)
         except Busy as error:
             return Ending.BUSY, str(error)
-        except UserError as error:  # the folder itself cannot be written
+        except UserError as error:
             return Ending.FAILED, str(error)
 
     def _guarded(self, run: Run, folder: RunFolder) -> tuple[Ending, str]:
-        """Train; whatever goes wrong is written down and stops nobody else."""
+        """Train; whatever goes wrong is written down and stops nobody else.
+
+        Raises:
+            CannotWrite: That alone is not written down: with room made, the run continues.
+        """
         try:
             folder.create(run)
             finished = _Attempt(self, run, folder).train()
             return (Ending.DONE if finished else Ending.INTERRUPTED), ""
+        except CannotWrite:
+            raise
         except Exception as error:
             expected = isinstance(error, UserError | NonFiniteLoss)
             reason = str(error) if expected else f"{type(error).__name__}: {error}"
@@ -148,8 +154,8 @@ class Worker:
         loaded = checkpoint.load_newest(folder.checkpoints)
         if loaded.state is None or loaded.checksum != result["checkpoint_sha256"]:
             raise UserError(
-                f"{folder.path}: the final checkpoint is missing or damaged, and "
-                f"{run.name} starts from it; remove this folder and run again to train it anew"
+                f"{folder.path}: the final checkpoint is missing or damaged, and {run.name} starts "
+                "from it; remove this folder and run again with --retry-failed to train it anew"
             )
         return loaded.state["trainer"], loaded.checksum
 
@@ -172,7 +178,6 @@ class _Attempt:
     def train(self) -> bool:
         """Train to the end; ``False`` if asked to stop on the way."""
         settings = self.settings
-        self.folder.write_progress(self._progress(settings.first_epoch, 0, 0))
         subject = assembly.prepare_subject(
             settings, self.worker.dataset(settings.dataset), self.worker.device
         )
@@ -181,6 +186,8 @@ class _Attempt:
         self._write_environment(trainer)
         network, images = trainer.network, len(subject.train_labels)
         self._began = self._saved = time.monotonic()
+        self._epoch_began = (trainer.step, self._began)
+        self._show(trainer)
         while trainer.epoch < settings.last_epoch:
             began, first_step = time.monotonic(), trainer.step
             self._epoch_began = (first_step, began)
@@ -200,11 +207,13 @@ class _Attempt:
                     subject.normalise,
                     settings.precision,
                 )
+                if not math.isfinite(loss):
+                    raise UserError(f"the test loss is not finite after epoch {trainer.epoch}")
                 record |= {"test_loss": loss, "test_error": error}
             entry = {"epoch": trainer.epoch} | {k: _finite(v) for k, v in record.items()}
             self.folder.append_metrics(entry)
             history.append(entry)
-            self.folder.write_progress(self._progress(trainer.epoch, 0, steps) | {"latest": entry})
+            self._show(trainer)
             if not last and self._due():
                 self._save(trainer)
             if not last and self.worker.should_stop():
@@ -217,29 +226,34 @@ class _Attempt:
         """Bring the trainer to where the run stands; returns the epochs' records so far."""
         loaded = checkpoint.load_newest(self.folder.checkpoints)
         self.warnings += loaded.warnings
+        state = loaded.state
+        if state is not None and state["identity"] == self.run.identity:
+            if self._recorded_until(state["trainer"]["epoch"]):
+                self.starts = state["starts"] + 1
+                self.seconds_before = state["seconds"]
+                self.warnings = state["warnings"] + self.warnings
+                self.parent = state["parent"]
+                trainer.load_state_dict(state["trainer"])
+                return self.folder.keep_metrics(trainer.epoch)
+            self.warnings.append("metrics.jsonl lacks epochs before the checkpoint: started over")
+        elif loaded.warnings:
+            self.warnings.append("no usable checkpoint: started over")
         if self.run.parent is not None:
             parent_state, checksum = self.worker.parent_state(self.run)
             self.parent = {"identity": self.run.parent, "checkpoint_sha256": checksum}
-        if loaded.state is not None and loaded.state["identity"] == self.run.identity:
-            self.starts = loaded.state["starts"] + 1
-            self.seconds_before = loaded.state["seconds"]
-            self.warnings = loaded.state["warnings"] + self.warnings
-            trainer.load_state_dict(loaded.state["trainer"])
-            return self.folder.keep_metrics(trainer.epoch)
-        if loaded.warnings:
-            self.warnings.append("no usable checkpoint: started over")
-        if self.run.parent is not None:
             assembly.inherit(trainer, parent_state, self.settings)
         return self.folder.keep_metrics(self.settings.first_epoch)
+
+    def _recorded_until(self, epoch: int) -> bool:
+        """Whether every epoch up to this one has its record."""
+        recorded = [r["epoch"] for r in self.folder.metrics() if r["epoch"] <= epoch]
+        return recorded == list(range(self.settings.first_epoch + 1, epoch + 1))
 
     def _after_step(self, trainer: Trainer) -> bool:
         """Between two steps: show a sign of life, checkpoint when due, stop when asked."""
         now = time.monotonic()
         if now - self._shown > PROGRESS_SECONDS:
-            self._shown = now
-            self.folder.write_progress(
-                self._progress(trainer.epoch, trainer.step, trainer.batches.per_epoch)
-            )
+            self._show(trainer)
         if self.worker.should_stop():
             return False
         if self._due():
@@ -259,6 +273,7 @@ class _Attempt:
             "starts": self.starts,
             "seconds": self._seconds(),
             "warnings": self.warnings,
+            "parent": self.parent,
             "trainer": trainer.state_dict(),
         }
         checksum = checkpoint.save(
@@ -267,20 +282,22 @@ class _Attempt:
         self._saved = time.monotonic()
         return checksum
 
-    def _progress(self, epoch: int, step: int, steps: int) -> dict[str, Any]:
-        """A sign of life: where the run stands and how fast it goes."""
+    def _show(self, trainer: Trainer) -> None:
+        """Leave a sign of life: where the run stands and how fast it goes."""
+        self._shown = time.monotonic()
         first_step, began = self._epoch_began
-        elapsed = time.monotonic() - began
-        speed = (step - first_step) * self.settings.batch_size / elapsed if step else None
+        trained = max(0, trainer.step - first_step) * self.settings.batch_size
         previous = self.folder.metrics()
-        return {
-            "pid": os.getpid(),
-            "epoch": epoch,
-            "step": step,
-            "steps": steps,
-            "images_per_second": speed,
-            "latest": previous[-1] if previous else None,
-        }
+        self.folder.write_progress(
+            {
+                "pid": os.getpid(),
+                "epoch": trainer.epoch,
+                "step": trainer.step,
+                "steps": trainer.batches.per_epoch,
+                "images_per_second": trained / (self._shown - began) if trained else None,
+                "latest": previous[-1] if previous else None,
+            }
+        )
 
     def _write_environment(self, trainer: Trainer) -> None:
         """Note where this attempt runs, beside those before it where they differ."""

@@ -5,6 +5,7 @@ With the classifier θ₀ fixed: (1) on batch B, ĝ = ∂L_B/∂θ at θ₀, nor
 φ of L_B̃(φ, θ₀ − γ ξ* ĝ), here left in φ's ``.grad`` for any optimizer to follow.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -155,10 +156,13 @@ class PoFGradient:
         """Features of B, with BatchNorm as the settings say."""
         extractor = self.objective.network.feature_extractor
         if self.settings.batchnorm == "eval":
+            modes = [(module, module.training) for module in extractor.modules()]
             extractor.eval()
-            features = self.objective.features(images)
-            extractor.train()
-            return features
+            try:
+                return self.objective.features(images)
+            finally:
+                for module, training in modes:
+                    module.training = training
         keep = self.settings.batchnorm == "batch"
         with batchnorm.frozen_statistics(self._batch_norms) if keep else nullcontext():
             return self.objective.features(images)
@@ -244,14 +248,12 @@ def is_runaway(epochs: Sequence[dict[str, float]]) -> bool:
 
     Judged from the epochs' records (``summarise``): in some epoch the median ξ* is at least
     ``RUNAWAY_GROWTH`` × the first epoch's while the mean cosine is at least ``RUNAWAY_COSINE``
-    and has risen.
+    and has risen. Epochs whose every step was capped have no median and do not count.
     """
-    if not epochs:
-        return False
-    first = epochs[0]
+    measured = [epoch for epoch in epochs if not math.isnan(epoch["xi_median"])]
     return any(
-        epoch["xi_median"] >= RUNAWAY_GROWTH * first["xi_median"]
+        epoch["xi_median"] >= RUNAWAY_GROWTH * measured[0]["xi_median"] > 0
         and epoch["cosine"] >= RUNAWAY_COSINE
-        and epoch["cosine"] > first["cosine"]
-        for epoch in epochs[1:]
+        and epoch["cosine"] > measured[0]["cosine"]
+        for epoch in measured[1:]
     )

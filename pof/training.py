@@ -5,6 +5,7 @@ together. Its ``state_dict`` holds everything: a run continued from it is the ru
 interrupted, bit for bit on the same machine.
 """
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -163,7 +164,10 @@ class Trainer:
                 raise NonFiniteLoss(self.epoch, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, optimizer, generators, epoch and step, and the epoch's record so far."""
+        """Weights, optimizer, generators, epoch and step, and the epoch's record so far.
+
+        As in torch, weights and momentum are the live tensors: save them before training on.
+        """
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -173,7 +177,7 @@ class Trainer:
             "method": self.gradient.state_dict() if isinstance(self.gradient, PoFGradient) else {},
             "losses": torch.stack(self._losses) if self._losses else torch.empty(0),
             "errors": torch.stack(self._errors) if self._errors else torch.empty(0),
-            "sizes": self._sizes,
+            "sizes": list(self._sizes),
             "random": _random_state(self.batches.images.device),
         }
 
@@ -183,7 +187,7 @@ class Trainer:
         self.epoch = state["epoch"]
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.batches.load_state_dict(state["batches"])
         if isinstance(self.gradient, PoFGradient):
             self.gradient.load_state_dict(state["method"])
@@ -209,7 +213,7 @@ class Trainer:
             mine = self.optimizer.state_dict()
             count = sum(len(group["params"]) for group in mine["param_groups"])
             carried = state["optimizer"]["state"]
-            mine["state"] = {i: carried[i] for i in range(count) if i in carried}
+            mine["state"] = {i: copy.deepcopy(carried[i]) for i in range(count) if i in carried}
             self.optimizer.load_state_dict(mine)
 
 

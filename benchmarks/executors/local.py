@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from benchmarks.cost import priorities
 from benchmarks.files import writing
 from benchmarks.plan import Plan
 from benchmarks.run import Run
-from benchmarks.store import State, Store
+from benchmarks.store import Busy, State, Store
 
 CRASHES_ALLOWED = 1  # per run; then it is FAILED
 _STOP_SECONDS = 60.0
@@ -75,7 +76,17 @@ class Sweep:
 
 def default_jobs(device: str, runs: int) -> int:
     """One worker a core on a CPU, one on a GPU, and no more than there are runs."""
-    return max(1, min(os.cpu_count() or 1, runs)) if device == "cpu" else 1
+    return max(1, min(_cores(), runs)) if device == "cpu" else 1
+
+
+def threads_each(jobs: int) -> int:
+    """Threads of a worker: the cores divided among them."""
+    return max(1, _cores() // jobs)
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def execute(
@@ -158,18 +169,18 @@ class _Pool:
         self.observe = observe
         self.workers: list[_WorkerProcess] = []
         self.crashes: dict[str, int] = {}
-        self.elsewhere: set[str] = set()  # runs that another process works on
+        # runs that another process works on
+        self.elsewhere = {i for i, state in sweep.states.items() if state is State.RUNNING}
         self.selector = selectors.DefaultSelector()
-        unfinished = [s for s in sweep.states.values() if s in _STARTABLE]
+        unfinished = [s for s in sweep.states.values() if s in STARTABLE]
         self.jobs = options.jobs or default_jobs(options.device, len(unfinished))
-        self.threads = max(1, (os.cpu_count() or 1) // self.jobs)
-        self.priority = _priorities(sweep.plan)
+        self.threads = threads_each(self.jobs)
+        self.priority = priorities(sweep.plan)
         self.log_path = options.runs_dir / "workers.log"
 
     def run(self) -> None:
         with writing(self.options.runs_dir):
             self.options.runs_dir.mkdir(parents=True, exist_ok=True)
-            self.log = self.log_path.open("ab")
         while True:
             self._look_elsewhere()
             ready = self._ready()
@@ -187,7 +198,7 @@ class _Pool:
         ready = [
             run
             for run in self.sweep.plan.runs
-            if states[run.identity] in _STARTABLE
+            if states[run.identity] in STARTABLE
             and run.identity not in self.elsewhere
             and (run.parent is None or states[run.parent] is State.DONE)
         ]
@@ -204,7 +215,8 @@ class _Pool:
             self._lost(worker)
 
     def _new_worker(self) -> _WorkerProcess:
-        worker = _WorkerProcess(self.options, self.threads, self.log)
+        with writing(self.log_path), self.log_path.open("ab") as log:
+            worker = _WorkerProcess(self.options, self.threads, log)
         self.workers.append(worker)
         self.selector.register(worker.stdout, selectors.EVENT_READ, worker)
         return worker
@@ -221,16 +233,16 @@ class _Pool:
         if answer["ending"] == "BUSY":
             self.elsewhere.add(run.identity)
             return
+        if answer["ending"] == "INTERRUPTED":  # somebody asked the worker to stop: it leaves
+            self._dismiss(worker)
         if answer["reason"]:
             self.sweep.reasons[run.identity] = answer["reason"]
         self._set(run, State(answer["ending"]))
 
     def _lost(self, worker: _WorkerProcess) -> None:
         """A worker died: try its run again, a bounded number of times."""
-        self.selector.unregister(worker.stdout)
-        self.workers.remove(worker)
-        code = worker.process.wait()
         run, worker.run = worker.run, None
+        code = self._dismiss(worker)
         if run is None:
             return
         count = self.crashes[run.identity] = self.crashes.get(run.identity, 0) + 1
@@ -239,25 +251,43 @@ class _Pool:
             return
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
         reason = f"the worker process {how} {count} times (out of memory?); see {self.log_path}"
-        self.sweep.store.folder(run).create(run)
-        self.sweep.store.folder(run).write_failure(reason, reason)
+        folder = self.sweep.store.folder(run)
+        try:
+            with folder.lock():
+                folder.create(run)
+                folder.write_failure(reason, reason)
+        except Busy:
+            self.elsewhere.add(run.identity)
+            return
         self.sweep.reasons[run.identity] = reason
         self._set(run, State.FAILED)
+
+    def _dismiss(self, worker: _WorkerProcess) -> int:
+        """Part with a worker that is gone or about to go; returns its exit status."""
+        self.selector.unregister(worker.stdout)
+        self.workers.remove(worker)
+        worker.end()
+        status = worker.process.wait()
+        worker.stdout.close()
+        return status
 
     def _look_elsewhere(self) -> None:
         """See how runs stand that other processes work on."""
         for run in self.sweep.plan.runs:
             if run.identity in self.elsewhere:
-                state = self.sweep.store.folder(run).state()
+                folder = self.sweep.store.folder(run)
+                state = folder.state()
                 if state is not State.RUNNING:
                     self.elsewhere.discard(run.identity)
+                    if state is State.FAILED:
+                        self.sweep.reasons[run.identity] = folder.failure()["reason"]
                     self._set(run, state)
 
     def _set(self, run: Run, state: State) -> None:
         self.sweep.states[run.identity] = state
         if state is State.FAILED:
             for child in self.sweep.plan.runs:
-                if child.parent == run.identity and self.sweep.states[child.identity] in _STARTABLE:
+                if child.parent == run.identity and self.sweep.states[child.identity] in STARTABLE:
                     self._set(child, State.BLOCKED)
         self.observe(self.sweep, run)
 
@@ -280,21 +310,4 @@ class _Pool:
                     worker.process.wait()
 
 
-_STARTABLE = (State.PENDING, State.INTERRUPTED)
-
-
-def cost(run: Run) -> float:
-    """Work of a run in forward passes of single images (a backward pass counts as two)."""
-    settings = run.settings
-    images = settings.data.train_size or 50_000
-    passes = {"sgd": 3.0, "sam": 6.0, "pof": 4.0}[settings.algorithm]
-    return (settings.last_epoch - settings.first_epoch) * images * passes
-
-
-def _priorities(plan: Plan) -> dict[str, float]:
-    """Work from the start of each run to the end of the longest chain through it."""
-    longest: dict[str, float] = {}
-    for run in reversed(plan.runs):
-        children = [longest[c.identity] for c in plan.runs if c.parent == run.identity]
-        longest[run.identity] = cost(run) + max(children, default=0.0)
-    return longest
+STARTABLE = (State.PENDING, State.INTERRUPTED)

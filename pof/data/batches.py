@@ -86,6 +86,7 @@ class Batches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue exactly where ``state_dict`` was taken."""
         self._order_generator.set_state(state["order"].cpu())
+        self._order = self._order[:0]
         if state["started"]:
             self._start_epoch()
         self._position = state["position"]

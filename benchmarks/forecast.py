@@ -1,0 +1,563 @@
+"""What a sweep will cost, before it is launched; afterwards, what it cost beside that.
+
+Joins the plan with measured or estimated times (``cost``) and simulates the schedule. Loads
+PyTorch only where a network was never measured and its operations have to be counted.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks import plan as planning
+from benchmarks.cost import (
+    Calibration,
+    Estimate,
+    Images,
+    Measurement,
+    Outline,
+    RunCost,
+    WorkerKind,
+    priorities,
+    read_calibrations,
+    run_cost,
+    work,
+)
+from benchmarks.display import duration
+from benchmarks.errors import UserError
+from benchmarks.plan import Arm, Plan
+from benchmarks.run import Run, RunSettings
+from benchmarks.settings import Profile
+from benchmarks.simulate import Machine, Schedule, Task, simulate
+from benchmarks.store import State, Store
+
+_DAY = 86_400.0
+
+
+class Calibrated(NamedTuple):
+    """Measured times and the kind of worker they are of."""
+
+    calibration: Calibration
+    worker: WorkerKind
+
+
+class Stage(NamedTuple):
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        cell: Dataset, backbone and augmentation.
+        method: As in the plan.
+        first_epoch: Epochs before.
+        last_epoch: Epochs after.
+        runs: One a seed.
+    """
+
+    cell: str
+    method: str
+    first_epoch: int
+    last_epoch: int
+    runs: list[Run]
+
+    @property
+    def name(self) -> str:
+        """Method and epochs."""
+        return f"{self.method} {self.first_epoch}–{self.last_epoch}"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The predicted cost of every run of a plan.
+
+    Attributes:
+        plan: What is to be run.
+        costs: By identity.
+        priority: By identity: the order in which an executor starts what is ready.
+        source: What the measured times were measured on; ``None``: all are estimates.
+        estimate: What the others rest on.
+    """
+
+    plan: Plan
+    costs: dict[str, RunCost]
+    priority: dict[str, float]
+    source: Calibrated | None
+    estimate: Estimate
+
+    @property
+    def unit(self) -> str:
+        """What an hour of one worker is called."""
+        on_cpu = self.source is not None and self.source.calibration.kind == "cpu"
+        return "worker-hours" if on_cpu else "GPU-hours"
+
+    @property
+    def startup(self) -> float:
+        """Seconds that a worker process takes to start."""
+        return self.source.calibration.startup_of(self.source.worker) if self.source else 0.0
+
+    def seconds(self, runs: Iterable[Run]) -> float:
+        """Worker-seconds that runs occupy."""
+        return sum(self.costs[run.identity].occupied for run in runs)
+
+    def estimated(self, runs: Iterable[Run]) -> bool:
+        """Whether the time of any of these runs is an estimate."""
+        return any(self.costs[run.identity].basis == "estimate" for run in runs)
+
+    def amount(self, runs: Sequence[Run]) -> str:
+        """What runs cost, for people: ``12.3 GPU-hours (estimate)``."""
+        label = " (estimate)" if self.estimated(runs) else ""
+        return f"{hours(self.seconds(runs))} {self.unit}{label}"
+
+    def schedule(self, machine: Machine, runs: Iterable[Run] | None = None) -> Schedule:
+        """Simulate runs, all unless given; what is not among them counts as finished."""
+        tasks = [
+            Task(
+                name=run.identity,
+                seconds=self.costs[run.identity].occupied,
+                parent=run.parent,
+                priority=self.priority[run.identity],
+                array="first" if run.parent is None else "second",
+            )
+            for run in (self.plan.runs if runs is None else runs)
+        ]
+        return simulate(tasks, machine)
+
+    def machine(
+        self, workers: int, *, throttle: int | None = None, time_limit: float | None = None
+    ) -> Machine:
+        """So many workers of the kind that was measured.
+
+        Without throttle and time limit they are processes that stay; with either, every run is
+        a job of its own.
+
+        Args:
+            workers: At once.
+            throttle: Most jobs of one array at once.
+            time_limit: Seconds a job may take.
+
+        Raises:
+            UserError: The time limit leaves no time to train.
+        """
+        if throttle is None and time_limit is None:
+            return Machine(workers, startup=self.startup)
+        try:
+            return Machine(
+                workers, job_overhead=self.startup, throttle=throttle, time_limit=time_limit
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def refuse_above(self, limit: float, runs: Sequence[Run]) -> None:
+        """Refuse runs that cost more than ``limit`` hours of a worker.
+
+        Raises:
+            UserError: They do.
+        """
+        if self.seconds(runs) > 3600.0 * limit:
+            raise UserError(
+                f"predicted {self.amount(runs)} for {len(runs)} runs, more than the limit of "
+                f"{limit:g} (--max-gpu-hours): nothing was started"
+            )
+
+
+def predict(plan: Plan, source: Calibrated | None, estimate: Estimate) -> Forecast:
+    """The cost of every run of a plan.
+
+    Args:
+        plan: What is to be run.
+        source: Measured times, used wherever they fit.
+        estimate: For what was not measured.
+
+    Raises:
+        UserError: A network that was not measured cannot be built.
+    """
+    found: dict[str, Measurement | None] = {}
+    outlines: dict[str, Outline] = {}
+    costs: dict[str, RunCost] = {}
+    whole: dict[str, Images] = {}
+    for run in plan.runs:
+        settings = run.settings.model_copy(update={"seed": 0})
+        case = settings.model_dump_json()
+        if case not in found:
+            found[case] = source.calibration.find(settings, source.worker) if source else None
+        measured = found[case]
+        if measured is not None:
+            costs[run.identity] = run_cost(run, measured.rates, measured.outline, "measured")
+            whole[run.settings.dataset] = measured.outline.images
+            continue
+        outline = _outline(settings, outlines)
+        rates = estimate.rates(settings, outline)
+        costs[run.identity] = run_cost(run, rates, outline, "estimate")
+        whole[run.settings.dataset] = outline.images
+    priority = priorities(plan, lambda run: work(run, whole[run.settings.dataset]))
+    return Forecast(plan, costs, priority, source, estimate)
+
+
+def _outline(settings: RunSettings, known: dict[str, Outline]) -> Outline:
+    """Count a network once."""
+    key = f"{settings.dataset} {settings.backbone} {settings.network}"
+    if key not in known:
+        from benchmarks.calibrate import outline  # PyTorch
+
+        known[key] = outline(settings)
+    return known[key]
+
+
+def choose(calibrations: Sequence[Calibration], plan: Plan) -> Calibrated | None:
+    """The device and kind of worker of which most of a plan was measured; of equals the latest.
+
+    Args:
+        calibrations: The latest first.
+        plan: What is to be run.
+    """
+    best, most = None, 0
+    cases = [run.settings for run in {_case(run): run for run in plan.runs}.values()]
+    for calibration in calibrations:
+        for worker in calibration.workers():
+            count = sum(calibration.find(case, worker) is not None for case in cases)
+            if count > most:
+                best, most = Calibrated(calibration, worker), count
+    return best
+
+
+def _case(run: Run) -> str:
+    """Equal for runs whose steps cost the same."""
+    same = {"seed": 0, "first_epoch": 0, "last_epoch": 0}
+    return run.settings.model_copy(update=same).model_dump_json()
+
+
+def expand_without_data(profile: Profile, plan_file: Path) -> Plan:
+    """A profile's plan, whether or not its data sets are there.
+
+    Args:
+        profile: What is asked for.
+        plan_file: The plan of the last sweep, if there was one: it knows the fingerprints, and
+            with them the runs that are done are found.
+    """
+    fingerprints: dict[str, str] = {name: f"unknown:{name}" for name in profile.datasets}
+    if plan_file.exists():
+        try:
+            earlier = planning.read(plan_file).runs
+        except UserError:
+            earlier = []  # of another version: nothing of it can be used
+        seen = {run.settings.dataset: run.settings.fingerprint for run in earlier}
+        fingerprints |= {name: seen[name] for name in profile.datasets if name in seen}
+    return planning.expand(profile, fingerprints, {})
+
+
+def stages(plan: Plan) -> list[Stage]:
+    """The runs of a plan, those of one stage together, in the plan's order of cells."""
+    found: dict[tuple[str, str, int, int], Stage] = {}
+    for run in plan.runs:
+        s = run.settings
+        cell = f"{s.dataset} {s.backbone} {s.augmentation.kind}"
+        key = (cell, run.method, s.first_epoch, s.last_epoch)
+        found.setdefault(key, Stage(*key, [])).runs.append(run)
+    return list(found.values())
+
+
+def taken(plan: Plan, store: Store) -> dict[str, float]:
+    """Seconds that the finished runs of a plan took, by identity.
+
+    Raises:
+        UserError: A result was edited or is damaged.
+    """
+    folders = {run.identity: store.folder(run) for run in plan.runs}
+    return {
+        identity: float(folder.result()["seconds"])
+        for identity, folder in folders.items()
+        if folder.state_of_files() is State.DONE
+    }
+
+
+class Sharing(NamedTuple):
+    """What training the shared stages once saves.
+
+    Attributes:
+        seconds: Worker-seconds with sharing.
+        unshared_seconds: If every arm trained all its stages itself.
+        epochs: With sharing.
+        unshared_epochs: Without.
+    """
+
+    seconds: float
+    unshared_seconds: float
+    epochs: int
+    unshared_epochs: int
+
+
+def sharing(forecast: Forecast, arms: Iterable[Arm] | None = None) -> Sharing:
+    """What sharing saves among arms, all of the plan unless given."""
+    runs = forecast.plan.by_identity()
+    together: dict[str, Run] = {}
+    alone: list[Run] = []
+    for arm in forecast.plan.arms if arms is None else arms:
+        for final in arm.runs.values():
+            identity: str | None = final
+            while identity is not None:
+                run = runs[identity]
+                together[identity] = run
+                alone.append(run)
+                identity = run.parent
+    return Sharing(
+        forecast.seconds(together.values()),
+        forecast.seconds(alone),
+        sum(map(_epochs, together.values())),
+        sum(map(_epochs, alone)),
+    )
+
+
+def _epochs(run: Run) -> int:
+    return run.settings.last_epoch - run.settings.first_epoch
+
+
+def plan_view(
+    forecast: Forecast,
+    actual: Mapping[str, float],
+    workers: Sequence[int],
+    *,
+    throttle: int | None = None,
+    time_limit: float | None = None,
+) -> Group:
+    """Everything about a plan before it is launched.
+
+    Args:
+        forecast: Of the plan.
+        actual: Seconds that finished runs took, by identity.
+        workers: Numbers of workers for which to say when it is finished.
+        throttle: Most jobs of one array at once.
+        time_limit: Seconds a job may take.
+    """
+    plan = forecast.plan
+    parts: list[RenderableType] = [stages_table(forecast, actual), Text()]
+    parts += [Text(line) for line in _summary(forecast, actual, max(workers))]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("workers", justify="right")
+    table.add_column("finished after", justify="right")
+    table.add_column("busy", justify="right")
+    for count in workers:
+        machine = forecast.machine(count, throttle=throttle, time_limit=time_limit)
+        makespan = forecast.schedule(machine).makespan
+        busy = forecast.seconds(plan.runs) / (count * makespan) if makespan else 0.0
+        table.add_row(f"{count}", span(makespan), f"{100 * busy:.0f}%")
+    label = ", estimate" if forecast.estimated(plan.runs) else ""
+    limits = [f"at most {throttle} of an array at once"] if throttle else []
+    limits += [f"jobs of at most {span(time_limit)}"] if time_limit else []
+    parts += [Text(), Text(", ".join([f"Finish (schedule simulated{label})", *limits])), table]
+    return Group(*parts)
+
+
+def stages_table(forecast: Forecast, actual: Mapping[str, float]) -> Table:
+    """Every stage: runs, epochs, predicted time, what the times rest on; and what it took."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("stage", overflow="fold")
+    for column in ("runs", "epochs", "each", "total", "basis"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if actual:
+        table.add_column("done", justify="right", no_wrap=True)
+        table.add_column("took", justify="right", no_wrap=True)
+    cell = ""
+    for stage in stages(forecast.plan):
+        if stage.cell != cell:
+            cell = stage.cell
+            table.add_row(Text(cell, "bold"))
+        costs = [forecast.costs[run.identity] for run in stage.runs]
+        seconds = sum(cost.seconds for cost in costs)
+        took = [actual[run.identity] for run in stage.runs if run.identity in actual]
+        table.add_row(
+            f"  {stage.name}",
+            f"{len(stage.runs)}",
+            f"{sum(map(_epochs, stage.runs)):,}",
+            span(seconds / len(stage.runs)),
+            span(seconds),
+            costs[0].basis,
+            *([f"{len(took)}", span(sum(took) / len(took)) if took else "–"] if actual else []),
+        )
+    return table
+
+
+def _summary(forecast: Forecast, actual: Mapping[str, float], most_workers: int) -> Iterator[str]:
+    """Totals, sharing, disk, and what the times rest on."""
+    runs = forecast.plan.runs
+    yield f"Total: {len(runs)} runs, {sum(map(_epochs, runs)):,} epochs, {forecast.amount(runs)}"
+    left = [run for run in runs if run.identity not in actual]
+    if actual:
+        yield f"Still to do: {len(left)} runs, {forecast.amount(left)}"
+    share = sharing(forecast)
+    saved = share.unshared_seconds - share.seconds
+    if saved > 0:
+        yield (
+            f"Sharing: training the shared stage once saves {hours(saved)} of "
+            f"{hours(share.unshared_seconds)} {forecast.unit} "
+            f"({100 * saved / share.unshared_seconds:.0f}%)"
+            + (", estimate" if forecast.estimated(runs) else "")
+        )
+        yield from _pair_line(forecast)
+    most_workers = min(most_workers, len(runs))
+    sizes = [forecast.costs[run.identity].checkpoint_bytes for run in runs]
+    yield (
+        f"Disk: {size(sum(sizes))} of checkpoints (weights and momentum) at the end, "
+        f"up to {size(2 * most_workers * max(sizes))} more while {most_workers} train"
+    )
+    if forecast.source is not None and not all(
+        forecast.costs[run.identity].basis == "estimate" for run in runs
+    ):
+        calibration, worker = forecast.source
+        threads = "1 thread" if worker.threads == 1 else f"{worker.threads} threads"
+        where = f"{threads} a worker, {worker.jobs} at once"
+        yield f"Measured: on {calibration.device}" + (
+            f", {where}" if calibration.kind == "cpu" else ""
+        )
+    if forecast.estimated(runs):
+        yield (
+            f"Estimate: {forecast.estimate.describe()}; small networks take longer. "
+            "`make calibrate` measures this device"
+        )
+
+
+def _pair_line(forecast: Forecast) -> Iterator[str]:
+    """Epochs of one base method and its post-training: SAM's where there is one."""
+    arms = {(a.dataset, a.backbone, a.augmentation, a.method): a for a in forecast.plan.arms}
+    sam_first = sorted(arms.items(), key=lambda item: not item[0][3].startswith("sam"))
+    for (*cell, method), arm in sam_first:
+        base = arms.get((cell[0], cell[1], cell[2], method.partition("+")[0]))
+        if "+" in method and base is not None and arm.runs:
+            seed = min(arm.runs)
+            pair = [a.model_copy(update={"runs": {seed: a.runs[seed]}}) for a in (base, arm)]
+            one = sharing(forecast, pair)
+            yield (
+                f"  (the pair {base.method}, {method} of a seed costs {one.epochs} epochs "
+                f"and not {one.unshared_epochs})"
+            )
+            return
+
+
+class Launch(NamedTuple):
+    """What is known of a sweep just before it is launched.
+
+    Attributes:
+        forecast: Of its plan.
+        left: Runs that it will carry out.
+        makespan: Seconds from its start to its end, as simulated; ``None`` where some runs were
+            begun before.
+    """
+
+    forecast: Forecast
+    left: list[Run]
+    makespan: float | None
+
+
+def before_launch(
+    plan: Plan,
+    runs_dir: Path,
+    device: str,
+    worker: WorkerKind,
+    *,
+    max_hours: float | None = None,
+) -> Launch | None:
+    """Predict what a sweep is about to cost on this machine.
+
+    Args:
+        plan: What is to be run.
+        runs_dir: Where its runs and the calibrations are.
+        device: Name of what computes.
+        worker: What a worker has, and how many there are.
+        max_hours: Refuse above so many worker-hours.
+
+    Returns:
+        ``None`` where nothing was measured and nothing is to be refused.
+
+    Raises:
+        UserError: The sweep costs more than ``max_hours``.
+    """
+    here = [c for c in read_calibrations(runs_dir) if c.device == device]
+    source = next((Calibrated(c, worker) for c in here if worker in c.workers()), None)
+    if source is None and max_hours is None:
+        return None
+    store = Store(runs_dir)
+    states = {run.identity: store.folder(run).state() for run in plan.runs}
+    left = [r for r in plan.runs if states[r.identity] not in (State.DONE, State.FAILED)]
+    forecast = predict(plan, source, Estimate())
+    if max_hours is not None:
+        forecast.refuse_above(max_hours, left)
+    fresh = all(states[run.identity] is State.PENDING for run in left)
+    makespan = forecast.schedule(forecast.machine(worker.jobs), left).makespan if fresh else None
+    return Launch(forecast, left, makespan)
+
+
+def after_sweep(launch: Launch, store: Store, wall: float) -> Group | None:
+    """Predicted beside actual; ``None`` where nothing was measured or nothing was done.
+
+    Args:
+        launch: Made before the sweep.
+        store: Where its runs are.
+        wall: Seconds that the sweep took.
+    """
+    forecast = launch.forecast
+    runs = [r for r in launch.left if forecast.costs[r.identity].basis == "measured"]
+    all_taken = taken(forecast.plan, store)
+    actual = {r.identity: all_taken[r.identity] for r in runs if r.identity in all_taken}
+    if not actual:
+        return None
+    whole = launch.makespan if len(actual) == len(launch.left) else None
+    return comparison(forecast, actual, predicted_wall=whole, wall=wall)
+
+
+def comparison(
+    forecast: Forecast, actual: Mapping[str, float], *, predicted_wall: float | None, wall: float
+) -> Group:
+    """Predicted beside actual, for the runs of a sweep that has just ended.
+
+    Args:
+        forecast: Made before it.
+        actual: Seconds that its runs took, by identity.
+        predicted_wall: Seconds that the simulated schedule of these runs took; ``None``: unknown.
+        wall: Seconds that the sweep took.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("predicted beside actual", overflow="fold")
+    for column in ("runs", "predicted", "took", "deviation"):
+        table.add_column(column, justify="right", no_wrap=True)
+    cell = ""
+    for stage in stages(forecast.plan):
+        done = [run.identity for run in stage.runs if run.identity in actual]
+        if not done:
+            continue
+        if stage.cell != cell:
+            cell = stage.cell
+            table.add_row(Text(cell, "bold"))
+        predicted = sum(forecast.costs[i].seconds for i in done)
+        took = sum(actual[i] for i in done)
+        table.add_row(f"  {stage.name}", f"{len(done)}", *_beside(predicted, took))
+    if predicted_wall is not None:
+        table.add_row("whole sweep", f"{len(actual)}", *_beside(predicted_wall, wall))
+    return Group(Text(), table)
+
+
+def _beside(predicted: float, took: float) -> tuple[str, str, str]:
+    deviation = f"{100 * (predicted / took - 1):+.0f}%" if took > 0 else "–"
+    return span(predicted), span(took), deviation
+
+
+def hours(seconds: float) -> str:
+    """Seconds as a number of hours."""
+    value = seconds / 3600.0
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def span(seconds: float) -> str:
+    """Seconds as a person says them, short ones to a tenth and long ones in days."""
+    if seconds >= 2 * _DAY:
+        return f"{seconds / _DAY:,.1f} days"
+    return f"{seconds:.1f} s" if seconds < 9.95 else duration(seconds)
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000.0
+    return f"{count:.3g} TB"

@@ -1,0 +1,162 @@
+"""When a sweep would be finished: its schedule, simulated event by event.
+
+List scheduling, as the executors do it: whenever a worker is free, the ready task with the
+longest way to the end starts. Free of PyTorch and of everything that is measured.
+"""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run as the simulation sees it.
+
+    Attributes:
+        name: Unique.
+        seconds: For which it occupies a worker.
+        parent: What must be finished before; a name that is not simulated counts as finished.
+        priority: The highest of those ready starts first; ties in the order given.
+        array: The job array it belongs to, which a throttle applies to.
+    """
+
+    name: str
+    seconds: float
+    parent: str | None = None
+    priority: float = 0.0
+    array: str = ""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What carries the tasks out.
+
+    Attributes:
+        workers: Tasks at once.
+        startup: Seconds before a worker's first task: its process starts once and stays.
+        job_overhead: Seconds before every task, and before every continuation of one: each is
+            a job of its own, which starts a process.
+        throttle: Most tasks of one array at once; ``None``: no limit.
+        time_limit: Most seconds a job may take, overhead included; a longer task continues in a
+            further job, which queues again. ``None``: no limit.
+        margin: Seconds before the time limit at which a job stops, to save its state.
+    """
+
+    workers: int
+    startup: float = 0.0
+    job_overhead: float = 0.0
+    throttle: int | None = None
+    time_limit: float | None = None
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or (self.throttle is not None and self.throttle < 1):
+            raise ValueError("workers and throttle must be at least 1")
+        if self.piece <= 0:
+            raise ValueError("the time limit leaves no time to train")
+
+    @property
+    def piece(self) -> float:
+        """Most seconds of a task that fit into one job."""
+        if self.time_limit is None:
+            return math.inf
+        return self.time_limit - self.margin - self.startup - self.job_overhead
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A task, or a part of one, on a worker.
+
+    Attributes:
+        task: Name.
+        worker: From 0.
+        start: Seconds since the sweep began; overhead included.
+        end: Likewise.
+    """
+
+    task: str
+    worker: int
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A simulated sweep.
+
+    Attributes:
+        pieces: In the order of their start.
+        makespan: Seconds until the last is finished.
+    """
+
+    pieces: list[Piece]
+    makespan: float
+
+
+def simulate(tasks: Sequence[Task], machine: Machine) -> Schedule:
+    """Simulate a sweep.
+
+    Raises:
+        ValueError: A name is used twice, or tasks wait for each other in a circle.
+    """
+    order = {task.name: index for index, task in enumerate(tasks)}
+    if len(order) < len(tasks):
+        raise ValueError("two tasks of one name")
+    left = {task.name: task.seconds for task in tasks}
+    children: dict[str, list[Task]] = {}
+    ready: list[tuple[float, int, Task]] = []  # a heap: the highest priority first
+
+    def release(task: Task) -> None:
+        heapq.heappush(ready, (-task.priority, order[task.name], task))
+
+    for task in tasks:
+        if task.parent in order:
+            children.setdefault(task.parent or "", []).append(task)
+        else:
+            release(task)
+
+    idle = list(range(machine.workers))  # a heap: those that have worked come first
+    started: set[int] = set()
+    busy: list[tuple[float, int, Task]] = []  # a heap by end and worker
+    at_once: Counter[str] = Counter()
+    pieces: list[Piece] = []
+    now, finished = 0.0, 0
+
+    while ready or busy:
+        waiting = []
+        while ready and idle:
+            entry = heapq.heappop(ready)
+            task = entry[2]
+            if machine.throttle is not None and at_once[task.array] >= machine.throttle:
+                waiting.append(entry)
+                continue
+            worker = heapq.heappop(idle)
+            overhead = machine.job_overhead + (0.0 if worker in started else machine.startup)
+            started.add(worker)
+            share = min(left[task.name], machine.piece)
+            left[task.name] -= share
+            at_once[task.array] += 1
+            end = now + overhead + share
+            pieces.append(Piece(task.name, worker, now, end))
+            heapq.heappush(busy, (end, worker, task))
+        for entry in waiting:
+            heapq.heappush(ready, entry)
+        if not busy:
+            break
+        now = busy[0][0]
+        while busy and busy[0][0] == now:
+            _, worker, task = heapq.heappop(busy)
+            heapq.heappush(idle, worker)
+            at_once[task.array] -= 1
+            if left[task.name] > 0:
+                release(task)
+                continue
+            finished += 1
+            for child in children.get(task.name, []):
+                release(child)
+    if finished < len(tasks):
+        raise ValueError("tasks wait for each other in a circle")
+    return Schedule(pieces, now)

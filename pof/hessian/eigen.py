@@ -1,0 +1,241 @@
+"""Eigenvalues at the ends of a symmetric operator's spectrum, each with its residual."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pof.hessian.lanczos import Krylov, gaussian
+from pof.hessian.operator import HasDense, SymmetricOperator
+
+Solver = Literal["auto", "dense", "lanczos"]
+
+#: Up to this dimension an operator that can write itself out is solved densely: the exact
+#: spectrum, repeated eigenvalues included, at a cost still small beside the pass over the set.
+DENSE_LIMIT = 1024
+
+_BASIS = 64
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Eigenvalues of a symmetric operator H and how well they are known.
+
+    For a unit vector v and λ = vᵀHv, some eigenvalue of H lies within ‖Hv − λv‖ of λ. The bound
+    says nothing about which one: an eigenvalue repeated exactly may be found once only by
+    Lanczos (never by the dense solver).
+
+    Attributes:
+        values: (k,) in float64 on the host; signed, the end of the spectrum first.
+        vectors: Unit eigenvectors as columns (D, k), where and in what the operator computes.
+        residual_norms: ‖Hv − λv‖, (k,) in float64, measured by a product of its own.
+        tolerance: What the relative residual was asked to be.
+        iterations: Products with H that the solver took (without those for the residuals).
+        seed: Seed of the start vector; ``None`` where it was given, or with the dense solver.
+        solver: ``dense`` or ``lanczos``.
+        norm: Largest |λ| that the solver saw.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    residual_norms: Tensor
+    tolerance: float
+    iterations: int
+    seed: int | None
+    solver: str
+    norm: float
+
+    @property
+    def residuals(self) -> Tensor:
+        """‖Hv − λv‖/|λ|, (k,); NaN or infinite for λ = 0."""
+        return self.residual_norms / self.values.abs()
+
+    @property
+    def converged(self) -> Tensor:
+        """Whether each residual is within the tolerance, (k,).
+
+        An eigenvalue that is zero to rounding has no relative residual: it counts as converged
+        if its residual is zero to rounding too.
+        """
+        rounding = 100 * torch.finfo(self.vectors.dtype).eps * self.norm
+        zero = (self.values.abs() <= rounding) & (self.residual_norms <= rounding)
+        return (self.residuals <= self.tolerance) | zero
+
+    @property
+    def all_converged(self) -> bool:
+        """Whether every one of them converged."""
+        return bool(self.converged.all())
+
+    def record(self) -> dict[str, Any]:
+        """Everything but the vectors as plain numbers, to be written to a file."""
+        return {
+            "values": self.values.tolist(),
+            "residuals": self.residuals.tolist(),
+            "residual_norms": self.residual_norms.tolist(),
+            "converged": self.converged.tolist(),
+            "tolerance": self.tolerance,
+            "iterations": self.iterations,
+            "seed": self.seed,
+            "solver": self.solver,
+        }
+
+
+def top_eigenvalues(
+    operator: SymmetricOperator,
+    k: int = 1,
+    *,
+    tolerance: float = 1e-6,
+    max_iterations: int = 500,
+    seed: int = 0,
+    start: Tensor | None = None,
+    solver: Solver = "auto",
+) -> Eigen:
+    """The k largest eigenvalues by signed value, largest first; see `extreme_eigenvalues`."""
+    return extreme_eigenvalues(
+        operator,
+        largest=k,
+        smallest=0,
+        tolerance=tolerance,
+        max_iterations=max_iterations,
+        seed=seed,
+        start=start,
+        solver=solver,
+    )[0]
+
+
+@torch.no_grad()
+def extreme_eigenvalues(
+    operator: SymmetricOperator,
+    *,
+    largest: int = 1,
+    smallest: int = 1,
+    tolerance: float = 1e-6,
+    max_iterations: int = 500,
+    max_basis: int = _BASIS,
+    seed: int = 0,
+    start: Tensor | None = None,
+    solver: Solver = "auto",
+) -> tuple[Eigen, Eigen]:
+    """Both ends of the spectrum from one run: signed values, not magnitudes.
+
+    Args:
+        operator: H, symmetric, (D, D).
+        largest: How many of the largest eigenvalues.
+        smallest: How many of the smallest (most negative).
+        tolerance: Largest relative residual ‖Hv − λv‖/|λ| that counts as converged.
+        max_iterations: Most products with H before the residuals are measured.
+        max_basis: Most Lanczos vectors held: this many times D numbers.
+        seed: Seeds the start vector.
+        start: A start vector (D,) near the wanted eigenvectors instead, such as their sum on a
+            subset of the samples.
+        solver: ``dense`` writes H out; ``lanczos`` never does; ``auto`` writes out what is small
+            (``DENSE_LIMIT``) and knows how to.
+
+    Returns:
+        The largest, descending, and the smallest, ascending. They are marked where they have
+        not converged, never left out.
+
+    Raises:
+        ValueError: H is not square, or has fewer eigenvalues than asked for.
+    """
+    size = operator.shape[0]
+    if tuple(operator.shape) != (size, size):
+        raise ValueError(f"the operator has shape {tuple(operator.shape)}, it must be square")
+    if largest < 0 or smallest < 0 or not 0 < largest + smallest <= size:
+        raise ValueError(
+            f"{largest} largest and {smallest} smallest eigenvalues cannot be had of {size}"
+        )
+    can_write_out = isinstance(operator, Tensor | HasDense)
+    if solver == "dense" or (solver == "auto" and can_write_out and size <= DENSE_LIMIT):
+        low, high, norm = _solve_dense(operator, largest, smallest)
+        iterations, seeded, name = 0, None, "dense"
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        first = gaussian(size, generator) if start is None else start
+        krylov = Krylov(
+            operator,
+            first.to(operator.device, operator.dtype),
+            min(max(max_basis, 2 * (largest + smallest) + 10), size, max(max_iterations, 1)),
+            generator,
+        )
+        low, high, norm = _solve_lanczos(krylov, largest, smallest, tolerance, max_iterations)
+        iterations, seeded, name = krylov.products, seed if start is None else None, "lanczos"
+    ends = []
+    for vectors in (high, low):
+        values, vectors, residual_norms = _measure(operator, vectors)
+        ends.append(
+            Eigen(values, vectors, residual_norms, tolerance, iterations, seeded, name, norm)
+        )
+    return ends[0], ends[1]
+
+
+def _solve_dense(
+    operator: SymmetricOperator, largest: int, smallest: int
+) -> tuple[Tensor, Tensor, float]:
+    """Eigenvectors (k, D) of the smallest and of the largest eigenvalues, and the norm."""
+    if isinstance(operator, Tensor):
+        matrix = operator
+    elif isinstance(operator, HasDense):
+        matrix = operator.dense()
+    else:
+        eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
+        matrix = torch.stack([operator @ column for column in eye], dim=1)
+    values, vectors = torch.linalg.eigh(matrix)
+    norm = float(values.abs().amax())
+    rows = vectors.T
+    return rows[:smallest], rows.flip(0)[:largest], norm
+
+
+def _solve_lanczos(
+    krylov: Krylov, largest: int, smallest: int, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor, float]:
+    """As `_solve_dense`, from Ritz vectors."""
+    guard = 0
+    while True:
+        krylov.extend()
+        values, rotation, residuals = krylov.ritz()
+        norm = float(values.abs().amax())
+        first_exhausted = krylov.exhausted and not guard
+        # In an invariant space all residuals vanish, but copies of a repeated eigenvalue may lie
+        # outside: from then on one more pair at each end has to converge before the search ends.
+        guard = guard or int(krylov.exhausted)
+        low, high = _ends(krylov.size, largest, smallest, guard)
+        enough = krylov.size >= largest + smallest + guard * ((largest > 0) + (smallest > 0))
+        rounding = torch.finfo(krylov.operator.dtype).eps * norm
+        bounds = (0.5 * tolerance * values.abs()).clamp_min(rounding)
+        settled = enough and not first_exhausted and bool((residuals <= bounds)[low + high].all())
+        if settled or krylov.complete or krylov.products >= max_iterations:
+            break
+        if krylov.full:
+            spare = (krylov.size - largest - smallest) // 3
+            low, high = _ends(
+                krylov.size,
+                largest + (spare if largest else 0),
+                smallest + (spare if smallest else 0),
+            )
+            kept = sorted({*low, *high})[: krylov.size - 1]
+            krylov.restart(values[kept], rotation[:, kept])
+    low, high = _ends(krylov.size, largest, smallest)
+    return krylov.lift(rotation[:, low]), krylov.lift(rotation[:, high]), norm
+
+
+def _ends(size: int, largest: int, smallest: int, guard: int = 0) -> tuple[list[int], list[int]]:
+    """Indices of the smallest (from the lowest) and of the largest (from the highest)."""
+    low = range(min(size, smallest + (guard if smallest else 0)))
+    high = range(size)[::-1][: largest + (guard if largest else 0)]
+    return list(low), list(high)
+
+
+def _measure(operator: SymmetricOperator, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rayleigh quotients, unit vectors (D, k) and residual norms of vectors given as rows."""
+    vectors = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    values = torch.empty(len(rows), dtype=torch.float64)
+    residual_norms = torch.empty(len(rows), dtype=torch.float64)
+    for i, vector in enumerate(vectors):
+        product = (operator @ vector).double()
+        exact = vector.double()
+        value = exact @ product / exact.square().sum()
+        values[i] = value
+        residual_norms[i] = torch.linalg.vector_norm(product - value * exact)
+    return values, vectors.T, residual_norms
