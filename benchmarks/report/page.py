@@ -1,227 +1,144 @@
-"""``README.md`` of a profile's results: the table, what it means, and what is missing."""
+"""``README.md`` of a profile's results: verdicts, tables, plots, and what is missing."""
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
-from benchmarks.plan import Arm
-from benchmarks.reference import sam_paper
-from benchmarks.report.errors import difference, paired_arms
-from benchmarks.report.results import Results
-from benchmarks.report.statistics import Summary, summarise
+from benchmarks.report import tables
+from benchmarks.report.guards import Evidence
+from benchmarks.report.pictures import FOLDER, Picture
+from benchmarks.report.tables import Table
+from benchmarks.report.verdicts import UNDECIDED, Finding
 from benchmarks.settings import Profile
 from benchmarks.store import State
 
-_NAMES = {"sgd": "SGD", "sam": "SAM"}
 
-
-def method_title(method: str) -> str:
-    """``sam+pof-centred`` as people write it: SAM+PoF-centred."""
-    base, _, variant = method.partition("+")
-    second = "+" + variant.replace("pof", "PoF") if variant else ""
-    return _NAMES[base] + second
-
-
-def page(results: Results) -> str:
+def page(evidence: Evidence, found: Sequence[Finding], pictures: Sequence[Picture]) -> str:
     """The whole page."""
-    profile = results.plan.profile
+    profile = evidence.results.plan.profile
+    hessian = tables.hessian_table(evidence)
     parts = [
         f"# {profile.title}",
         profile.description.strip(),
-        tables(results),
-        _reading(results),
-        _missing(results),
-        _warnings(results),
-        _settings(profile),
-        _made(results),
+        "Everything on one page, to download and browse: [report.html](report.html).",
+        _verdicts(found),
+        _errors(evidence),
+        f"## Curvature\n\n{markdown(hessian)}" if hessian.rows else "",
+        *(_picture(picture) for picture in pictures),
+        _section("Missing", missing(evidence)),
+        _section("Warnings", warnings(evidence)),
+        _section("Settings", settings(profile)),
+        _made(evidence),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def tables(results: Results) -> str:
-    """The error table and the paired differences, in Markdown that also reads as plain text."""
-    return "\n\n".join(part for part in (_error_table(results), _difference_table(results)) if part)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table; all but text columns are right-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    left = [
-        not any(any(c.isdigit() for c in row[i][:2]) for row in rows) for i in range(len(header))
-    ]
+def terminal(evidence: Evidence, found: Sequence[Finding]) -> str:
+    """What a terminal shows: the tables of errors, and the verdicts in a line each."""
+    parts = [markdown(tables.error_table(evidence))]
+    differences = tables.difference_table(evidence)
+    if differences.rows:
+        parts.append(markdown(differences))
     lines = [
-        "| "
-        + " | ".join(_pad(cell, w, a) for cell, w, a in zip(row, widths, left, strict=True))
-        + " |"
-        for row in [header, *rows]
+        f"claim {finding.claim.id}, {finding.setting}: {tables.verdict_cell(finding)}"
+        + (f" ({finding.reason})" if finding.verdict in UNDECIDED else "")
+        for finding in found
+        if finding.backbone
     ]
-    rule = "|".join("-" * (w + 1) + ("-" if a else ":") for w, a in zip(widths, left, strict=True))
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+    if any(tables.DEPARTS in line for line in lines):
+        lines.append(f"{tables.DEPARTS} not the paper's setting")
+    return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
 
 
-def _is_number(cell: str) -> bool:
-    return cell.lstrip("+−")[:1].isdigit()
+def markdown(table: Table) -> str:
+    """An aligned Markdown table, which also reads as plain text."""
+    rows = [tuple(cell.replace("|", "\\|") for cell in row) for row in table.rows]
+    widths = [max(len(row[i]) for row in [table.header, *rows]) for i in range(len(table.header))]
+    right = table.numeric
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(cells, widths, right, strict=True)
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|".join("-" * (w + 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True))
+    return "\n".join([line(table.header), f"|{rule}|", *map(line, rows)])
 
 
-def _pad(cell: str, width: int, left: bool) -> str:
-    return cell.ljust(width) if left else cell.rjust(width)
-
-
-def plus_minus(summary: Summary, digits: int = 2, *, signed: bool = False) -> str:
-    """``15.23 ± 0.31``; without an interval below two seeds, – without any."""
-    if summary.n == 0:
-        return "–"
-    mean = f"{summary.mean:{'+' if signed else ''}.{digits}f}".replace("-", "−")
-    return mean if math.isnan(summary.ci95) else f"{mean} ± {summary.ci95:.{digits}f}"
-
-
-def _evaluated(profile: Profile) -> str:
-    return "held-out error" if profile.data.holdout else "test error"
-
-
-def _error_table(results: Results) -> str:
-    profile = results.plan.profile
-    rows = []
-    for arm in results.plan.arms:
-        errors = results.errors(arm)
-        done = [results.results[i] for i in arm.runs.values() if i in results.results]
-        rows.append(
-            [
-                arm.dataset,
-                arm.backbone,
-                arm.augmentation,
-                method_title(arm.method),
-                plus_minus(summarise(list(errors.values()))),
-                f"{len(errors)}/{len(profile.seeds)}" + _state_note(results, arm),
-                _mean([result["train_loss"] for result in done]),
-                _published(results, arm),
-            ]
-        )
-    header = [
-        "dataset",
-        "backbone",
-        "augmentation",
-        "method",
-        f"{_evaluated(profile)} [%]",
-        "n",
-        "training loss",
-        "published [%]",
+def verdict_notes(found: Sequence[Finding]) -> list[str]:
+    """What the verdict table leaves out, a line each."""
+    lines = [
+        f"{tables.DEPARTS} {setting} is not the paper's setting: {'; '.join(departures)}."
+        for setting, departures in tables.setting_departures(found).items()
     ]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    return markdown_table(header, rows)
+    absent = tables.not_in_profile(found)
+    if absent:
+        said = "; ".join(f"{claim} on {', '.join(names)}" for claim, names in absent.items())
+        lines.append(f"NOT RUN, because not in this profile: {said}.")
+    return lines
 
 
-def _state_note(results: Results, arm: Arm) -> str:
-    if arm.dataset in results.plan.unavailable:
-        return " UNAVAILABLE"
-    counts: dict[str, int] = {}
-    for identity in arm.runs.values():
-        state = results.states[identity]
-        if state is not State.DONE:
-            counts[state] = counts.get(state, 0) + 1
-    return "".join(f", {count} {state}" for state, count in sorted(counts.items()))
+def verdict_reading() -> str:
+    """How a verdict comes about."""
+    return (
+        "REPRODUCED: the 95% t-interval of the paired effect lies within what the claim allows "
+        "(for a value: two one-sided tests); CONTRADICTED: wholly outside; both after Holm's "
+        "correction over the settings of a claim. INCONCLUSIVE: it holds values of either kind; "
+        "one seed never decides. Detectable: the smallest true effect that this n would have "
+        "found in 80% of cases. Seeds to decide: how many would decide in 80% of cases if this "
+        "mean and spread were the true ones."
+    )
 
 
-def _published(results: Results, arm: Arm) -> str:
-    """The SAM paper's number where the arm has its setting: all the data, WRN-28-10."""
-    cell = results.plan.profile.cell(arm.dataset, arm.backbone, arm.augmentation)
-    if cell.data.train_size is not None or cell.data.holdout:
-        return ""
-    for row in sam_paper().error:
-        same = (row.dataset, row.backbone, row.augmentation)
-        if same == (arm.dataset, arm.backbone, arm.augmentation) and arm.method in ("sam", "sgd"):
-            number = row.sam if arm.method == "sam" else row.sgd
-            return f"{number.mean:g} ± {number.ci95:g}"
-    return ""
-
-
-def _difference_table(results: Results) -> str:
-    rows = []
-    for arm, base in paired_arms(results.plan.arms):
-        summary = difference(results, arm, base)
-        rows.append(
-            [
-                arm.dataset,
-                arm.backbone,
-                arm.augmentation,
-                f"{method_title(arm.method)} − {method_title(base.method)}",
-                plus_minus(summary, signed=True),
-                str(summary.n),
-                _mean(_losses_before(results, arm)),
-            ]
-        )
-    if not rows:
-        return ""
-    header = [
-        "dataset",
-        "backbone",
-        "augmentation",
-        "paired difference",
-        "[percentage points]",
-        "n",
-        "training loss before",
-    ]
-    return markdown_table(header, rows)
-
-
-def _losses_before(results: Results, arm: Arm) -> list[float]:
-    """Training losses of the networks that post-training started from."""
-    parents = [results.run(identity).parent for identity in arm.runs.values()]
-    return [results.results[p]["train_loss"] for p in parents if p in results.results]
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{math.fsum(values) / len(values):.4f}" if values else "–"
-
-
-def _reading(results: Results) -> str:
-    profile = results.plan.profile
+def reading(evidence: Evidence) -> str:
+    """What the numbers of the error table are."""
+    profile = evidence.results.plan.profile
     what = "the held-out part of the training set" if profile.data.holdout else "the test set"
     text = (
         f"Errors are on {what}, at the last epoch, never the best one. ± is the half-width of the "
         "95% t-interval over seeds (sample standard deviation); n counts the seeds that are done "
         "of those planned. Arms are paired by seed: both start from the same checkpoint, and a "
         "difference below zero means that post-training has the lower error. The training loss is "
-        "the mean over the last epoch's batches in training mode. Every seed's value is in "
-        "[errors.csv](errors.csv), every run's record in [runs/](runs/)."
+        "the mean over the last epoch's batches in training mode."
     )
-    if any(_published(results, arm) for arm in results.plan.arms):
-        paper = sam_paper()
-        text += (
-            f" Published: {paper.citation}, ± {paper.plus_minus}; its setting differs in: "
-            f"{paper.differs}."
-        )
+    for paper in tables.references(evidence):
+        text += f" Published: {paper.title}: {paper.citation}, ± {paper.plus_minus}"
+        text += f"; its setting differs in: {paper.differs}." if paper.differs else "."
     return text
 
 
-def _missing(results: Results) -> str:
+def missing(evidence: Evidence) -> list[str]:
+    """A line for every run that is not done and every data set that could not be had."""
+    results = evidence.results
     lines = []
     for run in results.plan.runs:
         state = results.states[run.identity]
         if state is not State.DONE:
             reason = results.reasons.get(run.identity, "")
-            lines.append(f"- {state}: {run.label}" + (f": {reason}" if reason else ""))
+            lines.append(f"{state}: {run.label}" + (f": {reason}" if reason else ""))
     for dataset, reason in results.plan.unavailable.items():
-        lines.append(f"- {State.UNAVAILABLE}: {dataset}: {reason}")
-    return "\n".join(["## Missing", "", *lines]) if lines else ""
+        lines.append(f"{State.UNAVAILABLE}: {dataset}: {reason}")
+    return lines
 
 
-def _warnings(results: Results) -> str:
+def warnings(evidence: Evidence) -> list[str]:
+    """A line for everything about a finished run that a reader should know."""
+    results = evidence.results
     lines = []
     for run in results.plan.runs:
         result = results.results.get(run.identity, {})
         if result.get("runaway"):
-            lines.append(f"- {run.label}: post-training ran away (ξ* and cos(ĝ, mean) grew)")
+            lines.append(f"{run.label}: post-training ran away (ξ* and cos(ĝ, mean) grew)")
         if result.get("capped_share", 0.0) > 0:
             lines.append(
-                f"- {run.label}: {100 * result['capped_share']:.1f}% of the ranges reached the cap"
+                f"{run.label}: {100 * result['capped_share']:.1f}% of the ranges reached the cap"
             )
-        lines += [f"- {run.label}: {warning}" for warning in result.get("warnings", [])]
-    return "\n".join(["## Warnings", "", *lines]) if lines else ""
+        lines += [f"{run.label}: {warning}" for warning in result.get("warnings", [])]
+    return lines
 
 
-def _settings(profile: Profile) -> str:
+def settings(profile: Profile) -> list[str]:
+    """The settings that matter most, a line each."""
     data, training = profile.data, profile.training
     size = f"{data.train_size:,} training images" if data.train_size else "all training images"
     optimizer, schedule = profile.optimizer, profile.schedule
@@ -231,57 +148,77 @@ def _settings(profile: Profile) -> str:
         "cosine": f"cosine over {total} epochs",
         "constant": "constant",
     }[schedule.kind]
-    lines = [
-        f"- {size}, batch {training.batch_size}, {training.precision}",
-        f"- {training.epochs} epochs of the base method, then {training.post_epochs} of PoF or of "
+    return [
+        f"{size}, batch {training.batch_size}, {training.precision}",
+        f"{training.epochs} epochs of the base method, then {training.post_epochs} of PoF or of "
         f"the base method continued; seeds {', '.join(map(str, profile.seeds))}",
-        f"- learning rate {optimizer.learning_rate:g}, {shape}; momentum {optimizer.momentum:g}"
+        f"learning rate {optimizer.learning_rate:g}, {shape}; momentum {optimizer.momentum:g}"
         f"{' (Nesterov)' if optimizer.nesterov else ''}, weight decay {optimizer.weight_decay:g}",
-        f"- SAM ρ = {profile.sam.rho:g}; PoF γ = {profile.pof.gamma:g}, direction "
+        f"SAM ρ = {profile.sam.rho:g}; PoF γ = {profile.pof.gamma:g}, direction "
         f"{profile.pof.direction}, {profile.pof.search} search, cap {profile.pof.cap:g} "
         f"({profile.pof.cap_unit}), capped batches: {profile.pof.capped}",
-        *_differences(profile),
-        "- every setting of every run: [plan.json](plan.json)",
+        *_overrides(profile),
     ]
-    return "\n".join(["## Settings", "", *lines])
 
 
-def _differences(profile: Profile) -> list[str]:
+def _overrides(profile: Profile) -> list[str]:
     """A line for each override and each post-training method of the profile's own."""
     lines = []
     for override in profile.override:
         where = ", ".join(override.where.model_dump(exclude_none=True).values())
-        tables = override.model_dump(exclude={"where"})
-        changes = [f"{t}.{k} = {v}" for t, table in tables.items() for k, v in table.items()]
-        lines.append(f"- for {where}: {', '.join(changes)}")
-    for name, settings in profile.variants.items():
-        differs = ", ".join(f"{key} = {value}" for key, value in settings.items())
-        lines.append(f"- +{name} is +pof with {differs}")
+        changed = override.model_dump(exclude={"where"})
+        changes = [f"{t}.{k} = {v}" for t, table in changed.items() for k, v in table.items()]
+        lines.append(f"for {where}: {', '.join(changes)}")
+    for name, differing in profile.variants.items():
+        differs = ", ".join(f"{key} = {value}" for key, value in differing.items())
+        lines.append(f"+{name} is +pof with {differs}")
     return lines
 
 
-def _made(results: Results) -> str:
-    """Machines, software and cost."""
-    if not results.results:
-        return ""
-    found: dict[str, int] = {}
-    for environments in results.environments.values():
-        for environment in environments:
-            line = environment_line(environment)
-            found[line] = found.get(line, 0) + 1
-    seconds = math.fsum(result["seconds"] for result in results.results.values())
-    lines = [f"- {line} ({count} runs)" for line, count in sorted(found.items())]
-    lines.append(f"- {seconds / 3600:.2f} worker hours of training and evaluation in all")
-    return "\n".join(["## Made on", "", *lines])
+def _verdicts(found: Sequence[Finding]) -> str:
+    table = tables.verdict_table(found)
+    parts = ["## Verdicts"]
+    if table.rows:
+        parts.append(markdown(table))
+    parts += verdict_notes(found)
+    if table.rows:
+        parts.append(f"{verdict_reading()} All of it: [claims.csv](claims.csv).")
+    return "\n\n".join(parts)
 
 
-def environment_line(environment: dict[str, Any]) -> str:
-    """Device, software and code revision in one line."""
-    packages = environment["packages"]
-    code = environment["code"]
-    revision = (code["revision"] or "unknown")[:12] + (" with changes" if code["dirty"] else "")
+def _errors(evidence: Evidence) -> str:
+    differences = tables.difference_table(evidence)
+    parts = [
+        "## Errors",
+        markdown(tables.error_table(evidence)),
+        markdown(differences) if differences.rows else "",
+        f"{reading(evidence)} Every seed's value is in [errors.csv](errors.csv)"
+        f"{' and [differences.csv](differences.csv)' if differences.rows else ''}, "
+        "every run's record in [runs/](runs/).",
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _picture(picture: Picture) -> str:
+    alt = picture.alt.replace("[", "(").replace("]", ")")
     return (
-        f"{environment['device']}, {environment['threads']} thread(s) a run, "
-        f"{environment['precision']}, torch {packages['torch']}, timm {packages['timm']}, "
-        f"Python {environment['python']}, code {revision}"
+        f"## {picture.title}\n\n![{alt}]({FOLDER}/{picture.file})\n\n{picture.caption} "
+        f"Numbers: [{picture.data}]({FOLDER}/{picture.data})."
     )
+
+
+def _section(title: str, lines: Sequence[str]) -> str:
+    if not lines:
+        return ""
+    listed = [f"- {line}" for line in lines]
+    if title == "Settings":
+        listed.append("- every setting of every run: [plan.json](plan.json)")
+    return "\n".join([f"## {title}", "", *listed])
+
+
+def _made(evidence: Evidence) -> str:
+    """Machines, software and cost."""
+    environments, cost = tables.environment_table(evidence), tables.cost_table(evidence)
+    if not cost.rows:
+        return ""
+    return f"## Made on\n\n{markdown(environments)}\n\n## Cost\n\n{markdown(cost)}"
