@@ -140,10 +140,10 @@ def hessian_of(f, weight, bias, **settings):
 
 
 def exact_dense(f, weight, bias):
-    """The closed form in exact-enough arithmetic: Python's decimal at 80 digits."""
+    """The closed form in exact-enough arithmetic: Python's decimal at 400 digits."""
     from decimal import Decimal, getcontext
 
-    getcontext().prec = 80
+    getcontext().prec = 400
     F = [[Decimal(v) for v in row] + [Decimal(1)] for row in f.double().tolist()]
     T = [
         [Decimal(v) for v in [*row, b]]
@@ -221,11 +221,7 @@ def test_against_pyhessian():
     for p in network.feature_extractor.parameters():
         p.requires_grad_(False)
     torch.manual_seed(0)
-    theirs = (
-        pyhessian.hessian(network, nn.CrossEntropyLoss(), dataloader=batches(x, y), cuda=False)
-        if False
-        else pyhessian.hessian(network, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
-    )
+    theirs = pyhessian.hessian(network, nn.CrossEntropyLoss(), data=(x, y), cuda=False)
     values, _ = theirs.eigenvalues(maxIter=2000, tol=1e-7, top_n=1)
     assert float(top_eigenvalues(ours).values[0]) == pytest.approx(values[0], rel=1e-4)
 
@@ -245,7 +241,7 @@ def test_the_network_is_left_as_it_was():
     network.eval()
     assert torch.equal(first.features[0], network.feature_extractor(x))  # in evaluation mode
     assert torch.equal(torch.cat(cache_features(network, [(x, y)]).features), first.features[0])
-    with pytest.raises(RuntimeError, match="no grad|inference|does not require"):
+    with pytest.raises(RuntimeError, match="does not require grad"):
         first.features[0].sum().backward()
 
 

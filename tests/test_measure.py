@@ -114,7 +114,9 @@ def test_a_solver_cut_short_says_so_and_its_number_is_in_no_table(trained, tmp_p
     run = plan.runs[-1]
     unfinished = Measurer(store, plan, folder, CPU, cut)
     # The tiny matrix would be solved densely, exactly: the block by autograd is not.
-    request = Request(block="network", splits=("train",), top=2, samples=10, max_iterations=3)
+    request = Request(
+        block="feature_extractor.bn_out", splits=("train",), top=2, samples=10, max_iterations=3
+    )
     block = Measurer(store, plan, folder, CPU, request)
     assert unfinished.measure(run) == []
     lines = block.measure(run)
@@ -122,10 +124,8 @@ def test_a_solver_cut_short_says_so_and_its_number_is_in_no_table(trained, tmp_p
     assert all("NOT CONVERGED" in line for line in lines)
     store.publish(plan, Store(results / "runs"))
     write_report(results)
-    rows = [
-        line for line in (results / "hessian.csv").read_text().splitlines() if "network" in line
-    ]
-    top = measurement(store, run, "hessian-network-train.json")["eigenvalues"][0]
+    rows = [line for line in (results / "hessian.csv").read_text().splitlines() if "bn_out" in line]
+    top = measurement(store, run, "hessian-feature_extractor.bn_out-train.json")["eigenvalues"][0]
     assert rows
     for row in rows:
         assert f"{top:.6f}" not in row

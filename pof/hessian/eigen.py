@@ -192,19 +192,26 @@ def _solve_lanczos(
 ) -> tuple[Tensor, Tensor, float]:
     """As `_solve_dense`, from Ritz vectors."""
     guard = 0
+    known = torch.empty(0, dtype=torch.float64)
     while True:
         krylov.extend()
         values, rotation, residuals = krylov.ritz()
         norm = float(values.abs().amax())
-        first_exhausted = krylov.exhausted and not guard
-        # In an invariant space all residuals vanish, but copies of a repeated eigenvalue may lie
-        # outside: from then on one more pair at each end has to converge before the search ends.
-        guard = guard or int(krylov.exhausted)
+        rounding = torch.finfo(krylov.operator.dtype).eps * norm
+        low, high = _ends(krylov.size, largest, smallest)
+        news = False
+        if krylov.exhausted:
+            # All residuals vanish in an invariant space, but copies of a repeated eigenvalue may
+            # lie outside. The search goes on from a random direction: with one more pair at each
+            # end to converge, or until another invariant space shows nothing new.
+            guard = 1
+            found = values[low + high]
+            news = len(found) != len(known) or bool(((found - known).abs() > 1e3 * rounding).any())
+            known = found
         low, high = _ends(krylov.size, largest, smallest, guard)
         enough = krylov.size >= largest + smallest + guard * ((largest > 0) + (smallest > 0))
-        rounding = torch.finfo(krylov.operator.dtype).eps * norm
         bounds = (0.5 * tolerance * values.abs()).clamp_min(rounding)
-        settled = enough and not first_exhausted and bool((residuals <= bounds)[low + high].all())
+        settled = enough and not news and bool((residuals <= bounds)[low + high].all())
         if settled or krylov.complete or krylov.products >= max_iterations:
             break
         if krylov.full:
@@ -214,7 +221,7 @@ def _solve_lanczos(
                 largest + (spare if largest else 0),
                 smallest + (spare if smallest else 0),
             )
-            kept = sorted({*low, *high})[: krylov.size - 1]
+            kept = sorted({*low, *high})
             krylov.restart(values[kept], rotation[:, kept])
     low, high = _ends(krylov.size, largest, smallest)
     return krylov.lift(rotation[:, low]), krylov.lift(rotation[:, high]), norm
