@@ -1,11 +1,13 @@
 """Measures what the steps of a plan cost on the device at hand, with random images.
 
-No data set is needed: a step's time does not depend on what the images show. Measured is the code
+No data set is needed: a step's time does not depend on what the images show. (Of those that are
+there, the time to load them is measured too.) Measured is the code
 that trains (``assembly``, ``pof.training``), under the load that a sweep puts on the machine:
 as many workers at once, each with its share of the cores.
 """
 
 import dataclasses
+import json
 import os
 import select
 import statistics
@@ -14,9 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,23 +31,26 @@ from benchmarks.cost import (
     Measurement,
     Outline,
     Rates,
+    Start,
     WorkerKind,
     images_of,
     key_of,
     passes,
-    startup_key,
+    start_key,
 )
 from benchmarks.errors import UserError
 from benchmarks.plan import Plan
 from benchmarks.run import RunSettings
 from benchmarks.worker import choose_device, compute_deterministically, device_name
-from pof.data import DATASETS
+from pof.data import DATASETS, load
 from pof.data.augmentation import Normalise
+from pof.errors import PofError
 from pof.training import EVALUATION_BATCH, Trainer, evaluate
 
 _BLOCKS = 5  # of steps; the median counts
 _BLOCK_SECONDS = 0.2
 _WARM_STEPS = 2
+_END_SECONDS = 60.0  # a companion ends after its step
 _IMAGES_HELD = 2_000  # random images that batches are drawn from, where a batch is no larger
 
 
@@ -78,6 +83,7 @@ def calibrate(
     worker: WorkerKind,
     tell: Callable[[str], None],
     *,
+    data_dir: Path,
     scratch: Path,
     seconds: float = 3.0,
 ) -> Calibration:
@@ -89,6 +95,7 @@ def calibrate(
         worker: Threads of a worker, and workers at once on this machine. Sets the threads of
             this process.
         tell: Takes a line for the user.
+        data_dir: Where data sets may be: the time to load those that are there is measured.
         scratch: A folder on the disk that checkpoints go to.
         seconds: About how long to measure one kind of step.
 
@@ -102,8 +109,7 @@ def calibrate(
         key = key_of(run.settings, worker)
         cases.setdefault(key.model_dump_json(), (key, run.settings))
     measurements = []
-    first = plan.runs[0].settings
-    with _company(first, device, worker) as startup:
+    with _company(plan, device, worker, data_dir) as start:
         for key, settings in cases.values():
             rates = measure(settings, device, scratch, seconds=seconds)
             measurements.append(Measurement(key=key, outline=outline(settings), rates=rates))
@@ -116,7 +122,7 @@ def calibrate(
     return Calibration(
         device=device_name(device),
         kind=device.type,
-        startup={startup_key(worker): startup},
+        starts={start_key(worker): start},
         measurements=measurements,
     )
 
@@ -132,11 +138,9 @@ def measure(
         scratch: A folder on the disk that checkpoints go to.
         seconds: About how long to measure steps; at least one step is.
     """
-    info = DATASETS[settings.dataset]
-    images = images_of(settings.data, Images(info.train_count, info.test_count))
     with _without_randomness():
         began = time.perf_counter()
-        subject = _random_subject(settings, device, images)
+        subject = _random_subject(settings, device, _images(settings))
         trainer = assembly.build_trainer(_gently(settings), subject, device)
         environment.describe(device=device_name(device), threads=1, precision=settings.precision)
         _synchronise(device)
@@ -162,47 +166,66 @@ def measure(
 def keep_busy() -> None:
     """Train random images until standard input ends: the load of one more worker.
 
-    Standard input gives the settings, the device and the threads, a line each; standard output
-    says ``ready`` after the first step.
+    The first line of standard input says what to do, in JSON. The first line of standard output
+    gives, after the first step, the seconds that loading each data set took.
     """
-    settings = RunSettings.model_validate_json(sys.stdin.readline())
-    device = choose_device(sys.stdin.readline().strip())
-    torch.set_num_threads(int(sys.stdin.readline()))
+    task = json.loads(sys.stdin.readline())
+    settings = RunSettings.model_validate_json(task["settings"])
+    device = choose_device(task["device"])
+    torch.set_num_threads(task["threads"])
     compute_deterministically()
-    info = DATASETS[settings.dataset]
-    images = images_of(settings.data, Images(info.train_count, info.test_count))
-    subject = _random_subject(settings, device, images)
+    loading = {}
+    for name in task["datasets"]:
+        began = time.perf_counter()
+        try:
+            load(name, Path(task["data_dir"]), download=False)
+        except PofError:
+            continue  # not there: its time stays unknown
+        loading[name] = time.perf_counter() - began
+    subject = _random_subject(settings, device, _images(settings))
     trainer = assembly.build_trainer(_gently(settings), subject, device)
     _time_steps(trainer, 1, device)
-    print("ready", flush=True)
+    print(json.dumps(loading), flush=True)
     while not select.select([sys.stdin], [], [], 0.0)[0]:
         _time_steps(trainer, 1, device)
 
 
 @contextmanager
-def _company(settings: RunSettings, device: torch.device, worker: WorkerKind) -> Iterator[float]:
-    """The load of the other workers; gives the seconds until a worker's first step.
+def _company(
+    plan: Plan, device: torch.device, worker: WorkerKind, data_dir: Path
+) -> Iterator[Start]:
+    """The load of the other workers; gives what starting them took.
 
     As many workers are started as there will be, all at once as in a sweep, and one of them is
     ended again: this process takes its place.
     """
+    task = {
+        "settings": plan.runs[0].settings.model_dump_json(),
+        "device": str(device),
+        "threads": worker.threads,
+        "datasets": list(dict.fromkeys(run.settings.dataset for run in plan.runs)),
+        "data_dir": str(data_dir),
+    }
     began = time.perf_counter()
-    others = [_start_companion(settings, device, worker) for _ in range(worker.jobs)]
+    others = [_start_companion(task, worker) for _ in range(worker.jobs)]
     try:
+        loading: dict[str, float] = {}
         for other in others:
-            if _output(other).readline() != "ready\n":
+            answer = _output(other).readline()
+            if not answer:
                 raise UserError("a worker that was started to load the machine ended; see above")
-        startup = time.perf_counter() - began
+            loading |= json.loads(answer)
+        process = time.perf_counter() - began - sum(loading.values())
+        began = time.perf_counter()
         _end(others.pop())
-        yield startup
+        process += time.perf_counter() - began
+        yield Start(process=process, loading=loading)
     finally:
         for other in others:
             _end(other)
 
 
-def _start_companion(
-    settings: RunSettings, device: torch.device, worker: WorkerKind
-) -> subprocess.Popen[str]:
+def _start_companion(task: dict[str, Any], worker: WorkerKind) -> subprocess.Popen[str]:
     limits = {name: str(worker.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     process = subprocess.Popen(
         [sys.executable, "-c", "from benchmarks.calibrate import keep_busy; keep_busy()"],
@@ -214,21 +237,29 @@ def _start_companion(
         start_new_session=True,
     )
     assert process.stdin is not None
-    process.stdin.write(f"{settings.model_dump_json()}\n{device}\n{worker.threads}\n")
-    process.stdin.flush()
+    with suppress(BrokenPipeError):
+        process.stdin.write(json.dumps(task) + "\n")
+        process.stdin.flush()
     return process
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """End a companion: it leaves when its standard input ends."""
     assert process.stdin is not None
-    process.stdin.close()
+    with suppress(BrokenPipeError):
+        process.stdin.close()
     try:
-        process.wait(10.0)
+        process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
     _output(process).close()
+
+
+def _images(settings: RunSettings) -> Images:
+    """The images of a run."""
+    info = DATASETS[settings.dataset]
+    return images_of(settings.data, Images(info.train_count, info.test_count))
 
 
 def _output(process: subprocess.Popen[str]) -> IO[str]:

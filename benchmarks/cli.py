@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,20 @@ MaxHours = Annotated[
 ]
 ResultsDir = Annotated[Path, typer.Option(help="Where tables and finished runs' records go.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+Executor = Annotated[
+    Literal["local", "slurm"], typer.Option(help="Processes on this machine, or jobs of Slurm.")
+]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="With slurm: the cluster, a TOML file.")
+]
+
+SplitBy = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Give runs that differ in this rows of their own: device, torch, timm, precision, "
+        "threads, data, ascent-batch. May be repeated."
+    ),
+]
 
 _DATA, _RUNS, _RESULTS = Path("data"), Path("runs"), Path("results")
 
@@ -61,16 +75,19 @@ def reproduce_table(
     device: Device = "auto",
     retry_failed: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
     max_gpu_hours: MaxHours = None,
+    executor: Executor = "local",
+    cluster: ClusterFile = None,
 ) -> None:
     """Train what a profile asks for and is not trained yet, and write its table."""
-    from benchmarks import forecast, inventory, settings
+    from benchmarks import cost, forecast, inventory, settings
     from benchmarks import plan as planning
-    from benchmarks.cost import WorkerKind
     from benchmarks.display import Display, counts_line
     from benchmarks.executors import local
+    from benchmarks.executors.slurm.commands import OnSlurm
     from benchmarks.files import exclusive
     from benchmarks.report import write_report
-    from benchmarks.store import State, Store
+    from benchmarks.report.index import write_index
+    from benchmarks.store import RunFolder, State, Store
     from benchmarks.worker import choose_device, device_name
 
     console = Console()
@@ -80,20 +97,21 @@ def reproduce_table(
 
     chosen = settings.load_profile(profile)
     name = settings.profile_name(profile)
-    computes = choose_device(device)
+    store, published = Store(runs_dir), Store(results_dir / name / "runs")
+    if published.root.resolve() == runs_dir.resolve():
+        raise UserError(f"{runs_dir}: runs cannot be kept where finished records are published")
+    on_slurm = OnSlurm(cluster, runs_dir, data_dir, device) if executor == "slurm" else None
+    computes = choose_device("cpu" if on_slurm else device)  # a login node's says nothing
     kind = computes.type
     tell(f"profile {name}: {chosen.title}")
     found = inventory.take(chosen, data_dir, tell)
     plan = planning.expand(chosen, found.fingerprints, found.unavailable)
     plan_file = _plan_file(runs_dir, name)
     plan.write(plan_file)
-    store, published = Store(runs_dir), Store(results_dir / name / "runs")
-    if published.root.resolve() == runs_dir.resolve():
-        raise UserError(f"{runs_dir}: runs cannot be kept where finished records are published")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop as for Ctrl-C
     failed = [r for r in plan.runs if store.folder(r).state() is State.FAILED]
     for run in failed if retry_failed else []:
-        store.folder(run).retry()
+        (on_slurm.retry if on_slurm else RunFolder.retry)(store.folder(run))
     options = local.Options(
         runs_dir=runs_dir.resolve(),
         plan_file=plan_file.resolve(),
@@ -103,22 +121,35 @@ def reproduce_table(
     )
     unfinished = [r for r in plan.runs if store.folder(r).state() in local.STARTABLE]
     workers = jobs or local.default_jobs(options.device, len(unfinished))
-    worker = WorkerKind(local.threads_each(workers), workers)
-    launch = forecast.before_launch(
-        plan, runs_dir, device_name(computes), worker, max_hours=max_gpu_hours
-    )
+    worker = cost.WorkerKind(local.threads_each(workers), workers)
+    launch = None
+    if on_slurm is None:
+        launch = forecast.before_launch(
+            plan, runs_dir, device_name(computes), worker, max_hours=max_gpu_hours
+        )
+    elif max_gpu_hours is not None:
+        source = forecast.choose(cost.read_calibrations(runs_dir), plan)
+        forecast.predict(plan, source, cost.Estimate()).refuse_above(max_gpu_hours, unfinished)
     began = time.monotonic()
     try:
         with Display(console) as display:
-            sweep = local.execute(plan, options, display.observe)
+            if on_slurm is None:
+                sweep = local.execute(plan, options, display.observe)
+            else:
+                sweep = on_slurm.execute(plan, display.observe, tell)
     except KeyboardInterrupt:
-        tell("stopped; every run left a checkpoint: the same command continues where it was")
+        tell(
+            "stopped; every run left a checkpoint: the same command continues where it was"
+            if on_slurm is None
+            else "closed; the jobs go on: the same command follows them, `make cancel` ends them"
+        )
         raise
     wall = time.monotonic() - began
     with exclusive(runs_dir / "plans" / f"{name}.lock"):
         store.publish(plan, published)
         plan.write(results_dir / name / planning.FILE)
         tables = write_report(results_dir / name)
+        write_index(results_dir)
     tell(counts_line(sweep.states))
     if failed and not retry_failed:
         tell(f"{len(failed)} runs had failed before and were not tried again (--retry-failed)")
@@ -131,17 +162,190 @@ def reproduce_table(
 
 
 @app.command()
-def report(profile: ProfileOption = "quick", results_dir: ResultsDir = _RESULTS) -> None:
-    """Rebuild a profile's table from the records of its runs; trains nothing."""
-    from benchmarks.report import write_report
+def resubmit(
+    cluster: ClusterFile = None,
+    profile: ProfileOption = "quick",
+    data_dir: DataDir = _DATA,
+    runs_dir: RunsDir = _RUNS,
+    results_dir: ResultsDir = _RESULTS,
+    device: Device = "auto",
+) -> None:
+    """Start failed runs again on Slurm, with whatever else is not done, and write the table."""
+    reproduce_table(
+        profile=profile,
+        data_dir=data_dir,
+        runs_dir=runs_dir,
+        results_dir=results_dir,
+        device=device,
+        retry_failed=True,
+        executor="slurm",
+        cluster=cluster,
+    )
+
+
+@app.command()
+def cancel(profile: ProfileOption = "quick", runs_dir: RunsDir = _RUNS) -> None:
+    """Cancel the Slurm jobs of a profile's runs and nothing else; they leave checkpoints."""
+    from benchmarks import plan as planning
+    from benchmarks.executors.slurm.commands import Watcher
     from benchmarks.settings import profile_name
 
-    Console().print(
-        write_report(results_dir / profile_name(profile)),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    file = _plan_file(runs_dir, profile_name(profile))
+    jobs = Watcher(planning.read(file), runs_dir).cancel() if file.exists() else []
+    print(f"cancelled {len(jobs)} jobs" + (f": {', '.join(jobs)}" if jobs else ""))
+
+
+@app.command()
+def report(
+    profile: ProfileOption = "quick",
+    results_dir: ResultsDir = _RESULTS,
+    split_by: SplitBy = None,
+) -> None:
+    """Rebuild a profile's tables, plots and pages from the records of its runs; trains nothing."""
+    from benchmarks.report import write_report
+    from benchmarks.report.index import write_index
+
+    text = write_report(_results(results_dir, profile), split_by=split_by or ())
+    write_index(results_dir)
+    _print(text)
+
+
+@app.command()
+def explain(
+    where: Annotated[Path, typer.Argument(help="A table, page or folder of results/<profile>.")],
+    cell: Annotated[
+        str | None, typer.Argument(help="A row's place, e.g. digits/wrn_10_1/none/sam+pof.")
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Rows of this data set.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Rows of this backbone.")] = None,
+    augmentation: Annotated[str | None, typer.Option(help="Rows of this augmentation.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="An arm (sam+pof), or what follows the plus (pof).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="This seed alone.")] = None,
+) -> None:
+    """List the runs behind a number, with everything that could have moved it."""
+    from benchmarks.report import provenance
+
+    choice = provenance.Choice(cell, dataset, backbone, augmentation, method, seed)
+    _print(provenance.explain(where, choice))
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="A results folder, or a profile.")],
+    second: Annotated[str, typer.Argument(help="Another one.")],
+    results_dir: ResultsDir = _RESULTS,
+) -> None:
+    """Say in which settings and results two profiles or result folders differ."""
+    from benchmarks.report.compare import compare as compared
+
+    _print(compared(first, second, results_dir))
+
+
+@app.command()
+def seeds(
+    profile: ProfileOption = "quick",
+    results_dir: ResultsDir = _RESULTS,
+    claim: Annotated[str | None, typer.Option(help="One claim alone.")] = None,
+    effect: Annotated[
+        float | None,
+        typer.Option(help="The true effect to ask about (points, or a ratio); else the one found."),
+    ] = None,
+) -> None:
+    """Say what this many seeds could have seen, and how many a decision would take."""
+    from benchmarks.report.seeds import seeds as counted
+
+    _print(counted(_results(results_dir, profile), claim=claim, effect=effect))
+
+
+@app.command()
+def export(
+    profile: ProfileOption = "quick",
+    results_dir: ResultsDir = _RESULTS,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("export"),
+    split_by: SplitBy = None,
+) -> None:
+    """Write LaTeX and Markdown tables for a paper, and one tidy CSV of all runs."""
+    from benchmarks.report.export import export as exported
+
+    for path in exported(_results(results_dir, profile), out, split_by=split_by or ()):
+        _print(str(path))
+
+
+@app.command()
+def hessian(
+    profile: ProfileOption = "quick",
+    block: Annotated[
+        str, typer.Option(help="classifier, network, or the path of a module within the network.")
+    ] = "classifier",
+    matrix: Annotated[
+        Literal["hessian", "gauss-newton"], typer.Option(help="Which matrix of the block.")
+    ] = "hessian",
+    split: Annotated[
+        Literal["train", "test", "both"], typer.Option(help="On whose images.")
+    ] = "both",
+    top: Annotated[int, typer.Option(min=1, help="How many of the largest eigenvalues.")] = 10,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="At most so many images, drawn at random.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Worker processes for what is still to be trained.")
+    ] = 0,
+    data_dir: DataDir = _DATA,
+    runs_dir: RunsDir = _RUNS,
+    results_dir: ResultsDir = _RESULTS,
+    device: Device = "auto",
+    executor: Executor = "local",
+    cluster: ClusterFile = None,
+) -> None:
+    """Measure the landscape around every finished network; train first what is missing."""
+    from benchmarks import measure
+    from benchmarks import plan as planning
+    from benchmarks.display import measuring
+    from benchmarks.files import exclusive
+    from benchmarks.report import write_report
+    from benchmarks.report.index import write_index
+    from benchmarks.settings import profile_name
+    from benchmarks.store import Store
+    from benchmarks.worker import choose_device
+
+    complete = True
+    try:
+        reproduce_table(
+            profile=profile,
+            jobs=jobs,
+            data_dir=data_dir,
+            runs_dir=runs_dir,
+            results_dir=results_dir,
+            device=device,
+            executor=executor,
+            cluster=cluster,
+        )
+    except SystemExit:
+        complete = False  # some run is not done: measure those that are
+    console = Console()
+    name = profile_name(profile)
+    planned = planning.read(_plan_file(runs_dir, name))
+    request = measure.Request(
+        block=block,
+        matrix=matrix,
+        splits=("train", "test") if split == "both" else (split,),
+        top=top,
+        samples=samples,
     )
+    measurer = measure.Measurer(Store(runs_dir), planned, data_dir, choose_device(device), request)
+    unconverged = []
+    for run in measuring(console, measurer.to_do()):
+        unconverged += measurer.measure(run)
+    with exclusive(runs_dir / "plans" / f"{name}.lock"):
+        Store(runs_dir).publish(planned, Store(results_dir / name / "runs"))
+        tables = write_report(results_dir / name)
+        write_index(results_dir)
+    for line in (*unconverged, "", tables):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if unconverged or not complete:
+        sys.exit(1)
 
 
 @app.command()
@@ -153,6 +357,7 @@ def status(
     """Show where the runs of a profile stand."""
     from benchmarks import plan as planning
     from benchmarks.display import status_view
+    from benchmarks.executors.slurm.commands import Watcher
     from benchmarks.settings import load_profile, profile_name
     from benchmarks.store import Store
 
@@ -165,8 +370,9 @@ def status(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     plan, store = planning.read(file), Store(runs_dir)
+    watcher = Watcher(plan, runs_dir)
     while True:
-        view, active = status_view(plan, store)
+        view, active = status_view(plan, store, watcher.notes())
         if watch and console.is_terminal:
             console.clear()
         console.print(view)
@@ -179,12 +385,18 @@ def status(
 def plan(
     profile: ProfileOption = "quick",
     workers: Annotated[str, typer.Option(help="Numbers of GPUs to finish on.")] = "1,4,16,64",
+    cluster: Annotated[
+        Path | None, typer.Option(help="A cluster's TOML file: limits of its jobs.")
+    ] = None,
     throttle: Annotated[
         int | None, typer.Option(min=1, help="Most jobs of one array at once.")
     ] = None,
     time_limit: Annotated[
         float | None, typer.Option(min=0.0, help="Hours a job may take; it continues in another.")
     ] = None,
+    job_seconds: Annotated[
+        float, typer.Option(min=0.0, help="Seconds from a job's turn to its start.")
+    ] = 0.0,
     peak_tflops: Annotated[
         float | None,
         typer.Option(min=0.001, help="For estimates: the device's peak (an A100's unless given)."),
@@ -214,12 +426,25 @@ def plan(
     source = forecast.choose(read_calibrations(runs_dir), expanded)
     predicted = forecast.predict(expanded, source, Estimate(peak_tflops, utilisation))
     actual = forecast.taken(expanded, Store(runs_dir))
-    limit = None if time_limit is None else 3600.0 * time_limit
+    limits = None
+    if cluster is not None:
+        from benchmarks.executors.slurm.cluster import load_cluster
+
+        asked = load_cluster(cluster).resources
+        limits = forecast.JobLimits(
+            asked.array_throttle, 60.0 * asked.minutes, asked.signal_seconds
+        )
+    if throttle is not None or time_limit is not None:
+        limits = limits or forecast.JobLimits()
+        limits = limits._replace(
+            throttle=throttle or limits.throttle,
+            time_limit=limits.time_limit if time_limit is None else 3600.0 * time_limit,
+        )
+    if limits is not None:
+        limits = limits._replace(start_seconds=job_seconds)
     console = Console(highlight=False)
     console.print(f"profile {name}: {chosen.title}", markup=False)
-    console.print(
-        forecast.plan_view(predicted, actual, counts, throttle=throttle, time_limit=limit)
-    )
+    console.print(forecast.plan_view(predicted, actual, counts, limits))
     if max_gpu_hours is not None:
         left = [run for run in expanded.runs if run.identity not in actual]
         predicted.refuse_above(max_gpu_hours, left)
@@ -234,6 +459,7 @@ def calibrate(
     seconds: Annotated[
         float, typer.Option(min=0.1, help="About how long to measure one kind of step.")
     ] = 3.0,
+    data_dir: DataDir = _DATA,
     runs_dir: RunsDir = _RUNS,
     device: Device = "auto",
 ) -> None:
@@ -259,7 +485,13 @@ def calibrate(
         runs_dir.mkdir(parents=True, exist_ok=True)
     tell(f"measuring with {workers} at once, {worker.threads} threads each …")
     measured = calibration.calibrate(
-        expanded, computes, worker, tell, scratch=runs_dir, seconds=seconds
+        expanded,
+        computes,
+        worker,
+        tell,
+        data_dir=data_dir.resolve(),
+        scratch=runs_dir,
+        seconds=seconds,
     )
     path = cost.calibration_file(runs_dir, measured.device)
     with exclusive(path.with_suffix(".lock")):
@@ -310,6 +542,16 @@ def work(
         checkpoint_seconds=float(os.environ.get("POF_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS)),
     )
     serve(worker)
+
+
+def _print(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _results(results_dir: Path, profile: str) -> Path:
+    from benchmarks.settings import profile_name
+
+    return results_dir / profile_name(profile)
 
 
 def _plan_file(runs_dir: Path, name: str) -> Path:

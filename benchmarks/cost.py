@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from benchmarks.environment import packages
 from benchmarks.errors import UserError
@@ -210,6 +210,18 @@ class Measurement(Strict):
     rates: Rates
 
 
+class Start(Strict):
+    """What a worker process costs beside its runs, in seconds.
+
+    Attributes:
+        process: To start and to end.
+        loading: To read a data set, by name; those that were not there are missing.
+    """
+
+    process: float = 0.0
+    loading: dict[str, float] = Field(default_factory=dict)
+
+
 class Calibration(Strict):
     """What was measured on one device.
 
@@ -217,15 +229,14 @@ class Calibration(Strict):
         schema_version: Of this file.
         device: Its name.
         kind: ``cpu`` or ``cuda``.
-        startup: Seconds from the start of a worker process to its first step, by ``threads x
-            jobs``.
+        starts: By kind of worker, as ``start_key`` writes it.
         measurements: One a key.
     """
 
     schema_version: int = SCHEMA
     device: str
     kind: str
-    startup: dict[str, float]
+    starts: dict[str, Start]
     measurements: list[Measurement]
 
     def find(self, settings: RunSettings, worker: WorkerKind) -> Measurement | None:
@@ -233,9 +244,9 @@ class Calibration(Strict):
         key = key_of(settings, worker)
         return next((m for m in self.measurements if m.key == key), None)
 
-    def startup_of(self, worker: WorkerKind) -> float:
-        """Seconds that a worker process takes to start; 0 if unknown."""
-        return self.startup.get(startup_key(worker), 0.0)
+    def start_of(self, worker: WorkerKind) -> Start:
+        """What a worker process costs beside its runs; nothing if unknown."""
+        return self.starts.get(start_key(worker), Start())
 
     def workers(self) -> list[WorkerKind]:
         """Kinds of workers that were measured, the latest first."""
@@ -246,16 +257,17 @@ class Calibration(Strict):
         """Both, the newer measurement of a key in place of the older."""
         keys = [m.key for m in newer.measurements]
         older = [m for m in self.measurements if m.key not in keys]
+        starts = dict(self.starts)
+        for kind, start in newer.starts.items():
+            loading = starts.get(kind, Start()).loading | start.loading
+            starts[kind] = Start(process=start.process, loading=loading)
         return newer.model_copy(
-            update={
-                "startup": self.startup | newer.startup,
-                "measurements": [*older, *newer.measurements],
-            }
+            update={"starts": starts, "measurements": [*older, *newer.measurements]}
         )
 
 
-def startup_key(worker: WorkerKind) -> str:
-    """Under what the start-up time of a kind of worker is kept."""
+def start_key(worker: WorkerKind) -> str:
+    """Under what the start of a kind of worker is kept."""
     return f"{worker.threads}x{worker.jobs}"
 
 

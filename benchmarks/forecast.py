@@ -21,6 +21,7 @@ from benchmarks.cost import (
     Measurement,
     Outline,
     RunCost,
+    Start,
     WorkerKind,
     priorities,
     read_calibrations,
@@ -43,6 +44,29 @@ class Calibrated(NamedTuple):
 
     calibration: Calibration
     worker: WorkerKind
+
+
+class JobLimits(NamedTuple):
+    """What a cluster allows its jobs.
+
+    Attributes:
+        throttle: Most jobs of one array at once; ``None``: no limit.
+        time_limit: Seconds a job may take; a run that needs longer continues in another.
+        margin: Seconds before that at which a job stops, to save its state.
+        start_seconds: From a job's turn to the start of its process.
+    """
+
+    throttle: int | None = None
+    time_limit: float | None = None
+    margin: float = 0.0
+    start_seconds: float = 0.0
+
+    def describe(self) -> str:
+        """One line for people."""
+        parts = ["every run a job"]
+        parts += [f"at most {self.throttle} of an array at once"] if self.throttle else []
+        parts += [f"at most {span(self.time_limit)} each"] if self.time_limit else []
+        return ", ".join(parts)
 
 
 class Stage(NamedTuple):
@@ -93,9 +117,9 @@ class Forecast:
         return "worker-hours" if on_cpu else "GPU-hours"
 
     @property
-    def startup(self) -> float:
-        """Seconds that a worker process takes to start."""
-        return self.source.calibration.startup_of(self.source.worker) if self.source else 0.0
+    def start(self) -> Start:
+        """What a worker process costs beside its runs."""
+        return self.source.calibration.start_of(self.source.worker) if self.source else Start()
 
     def seconds(self, runs: Iterable[Run]) -> float:
         """Worker-seconds that runs occupy."""
@@ -111,43 +135,48 @@ class Forecast:
         return f"{hours(self.seconds(runs))} {self.unit}{label}"
 
     def schedule(self, machine: Machine, runs: Iterable[Run] | None = None) -> Schedule:
-        """Simulate runs, all unless given; what is not among them counts as finished."""
+        """Simulate runs, all unless given; what is not among them counts as finished.
+
+        Raises:
+            UserError: The time limit leaves no time to train.
+        """
+        # Jobs start in the order in which their arrays were submitted.
+        queued = {} if machine.stays else submission_order(self.plan)
         tasks = [
             Task(
                 name=run.identity,
                 seconds=self.costs[run.identity].occupied,
                 parent=run.parent,
-                priority=self.priority[run.identity],
-                array="first" if run.parent is None else "second",
+                priority=-queued[run.identity] if queued else self.priority[run.identity],
+                array=_array(run),
+                data=run.settings.dataset,
+                loading=self.start.loading.get(run.settings.dataset, 0.0),
             )
             for run in (self.plan.runs if runs is None else runs)
         ]
-        return simulate(tasks, machine)
+        try:
+            return simulate(tasks, machine)
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
-    def machine(
-        self, workers: int, *, throttle: int | None = None, time_limit: float | None = None
-    ) -> Machine:
+    def machine(self, workers: int, jobs: "JobLimits | None" = None) -> Machine:
         """So many workers of the kind that was measured.
-
-        Without throttle and time limit they are processes that stay; with either, every run is
-        a job of its own.
 
         Args:
             workers: At once.
-            throttle: Most jobs of one array at once.
-            time_limit: Seconds a job may take.
-
-        Raises:
-            UserError: The time limit leaves no time to train.
+            jobs: Every run is a job, within these limits; ``None``: the workers are processes
+                that stay.
         """
-        if throttle is None and time_limit is None:
-            return Machine(workers, startup=self.startup)
-        try:
-            return Machine(
-                workers, job_overhead=self.startup, throttle=throttle, time_limit=time_limit
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        if jobs is None:
+            return Machine(workers, startup=self.start.process)
+        return Machine(
+            workers,
+            startup=self.start.process + jobs.start_seconds,
+            stays=False,
+            throttle=jobs.throttle,
+            time_limit=jobs.time_limit,
+            margin=jobs.margin,
+        )
 
     def refuse_above(self, limit: float, runs: Sequence[Run]) -> None:
         """Refuse runs that cost more than ``limit`` hours of a worker.
@@ -258,6 +287,31 @@ def stages(plan: Plan) -> list[Stage]:
     return list(found.values())
 
 
+def _array(run: Run) -> str:
+    """The job array that a run is submitted in: one for each stage."""
+    return f"{run.method} {run.settings.first_epoch}–{run.settings.last_epoch}"
+
+
+def submission_order(plan: Plan) -> dict[str, int]:
+    """When each run is submitted to a cluster: a first stage's array, then those that need it."""
+    children: dict[str | None, list[Run]] = {}
+    for run in plan.runs:
+        children.setdefault(run.parent, []).append(run)
+    order: dict[str, int] = {}
+
+    def submit(runs: list[Run]) -> None:
+        arrays: dict[str, list[Run]] = {}
+        for run in runs:
+            arrays.setdefault(_array(run), []).append(run)
+        for array in arrays.values():
+            for run in array:
+                order[run.identity] = len(order)
+            submit([child for run in array for child in children.get(run.identity, [])])
+
+    submit(children.get(None, []))
+    return order
+
+
 def taken(plan: Plan, store: Store) -> dict[str, float]:
     """Seconds that the finished runs of a plan took, by identity.
 
@@ -317,9 +371,7 @@ def plan_view(
     forecast: Forecast,
     actual: Mapping[str, float],
     workers: Sequence[int],
-    *,
-    throttle: int | None = None,
-    time_limit: float | None = None,
+    jobs: JobLimits | None = None,
 ) -> Group:
     """Everything about a plan before it is launched.
 
@@ -327,8 +379,7 @@ def plan_view(
         forecast: Of the plan.
         actual: Seconds that finished runs took, by identity.
         workers: Numbers of workers for which to say when it is finished.
-        throttle: Most jobs of one array at once.
-        time_limit: Seconds a job may take.
+        jobs: What a cluster allows its jobs; ``None``: workers that stay.
     """
     plan = forecast.plan
     parts: list[RenderableType] = [stages_table(forecast, actual), Text()]
@@ -338,14 +389,13 @@ def plan_view(
     table.add_column("finished after", justify="right")
     table.add_column("busy", justify="right")
     for count in workers:
-        machine = forecast.machine(count, throttle=throttle, time_limit=time_limit)
-        makespan = forecast.schedule(machine).makespan
+        makespan = forecast.schedule(forecast.machine(count, jobs)).makespan
         busy = forecast.seconds(plan.runs) / (count * makespan) if makespan else 0.0
         table.add_row(f"{count}", span(makespan), f"{100 * busy:.0f}%")
-    label = ", estimate" if forecast.estimated(plan.runs) else ""
-    limits = [f"at most {throttle} of an array at once"] if throttle else []
-    limits += [f"jobs of at most {span(time_limit)}"] if time_limit else []
-    parts += [Text(), Text(", ".join([f"Finish (schedule simulated{label})", *limits])), table]
+    notes = ["schedule simulated"]
+    notes += ["estimate"] if forecast.estimated(plan.runs) else []
+    notes += [jobs.describe()] if jobs is not None else []
+    parts += [Text(), Text(f"Finish ({', '.join(notes)})"), table]
     return Group(*parts)
 
 

@@ -21,6 +21,8 @@ class Task:
         parent: What must be finished before; a name that is not simulated counts as finished.
         priority: The highest of those ready starts first; ties in the order given.
         array: The job array it belongs to, which a throttle applies to.
+        data: What it needs in memory; a worker process loads that once.
+        loading: Seconds to load it.
     """
 
     name: str
@@ -28,6 +30,8 @@ class Task:
     parent: str | None = None
     priority: float = 0.0
     array: str = ""
+    data: str = ""
+    loading: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -36,9 +40,9 @@ class Machine:
 
     Attributes:
         workers: Tasks at once.
-        startup: Seconds before a worker's first task: its process starts once and stays.
-        job_overhead: Seconds before every task, and before every continuation of one: each is
-            a job of its own, which starts a process.
+        startup: Seconds that a worker process needs to start and end.
+        stays: Whether a worker process stays for further tasks, or every task, and every
+            continuation of one, is a job that starts a process of its own.
         throttle: Most tasks of one array at once; ``None``: no limit.
         time_limit: Most seconds a job may take, overhead included; a longer task continues in a
             further job, which queues again. ``None``: no limit.
@@ -47,7 +51,7 @@ class Machine:
 
     workers: int
     startup: float = 0.0
-    job_overhead: float = 0.0
+    stays: bool = True
     throttle: int | None = None
     time_limit: float | None = None
     margin: float = 0.0
@@ -55,15 +59,21 @@ class Machine:
     def __post_init__(self) -> None:
         if self.workers < 1 or (self.throttle is not None and self.throttle < 1):
             raise ValueError("workers and throttle must be at least 1")
-        if self.piece <= 0:
-            raise ValueError("the time limit leaves no time to train")
+        if self.time_limit is not None and self.stays:
+            raise ValueError("a time limit is one of jobs, not of workers that stay")
 
-    @property
-    def piece(self) -> float:
-        """Most seconds of a task that fit into one job."""
+    def piece(self, overhead: float) -> float:
+        """Most seconds of a task that fit into one job beside its overhead.
+
+        Raises:
+            ValueError: None do.
+        """
         if self.time_limit is None:
             return math.inf
-        return self.time_limit - self.margin - self.startup - self.job_overhead
+        piece = self.time_limit - self.margin - overhead
+        if piece <= 0:
+            raise ValueError("the time limit leaves no time to train")
+        return piece
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,8 @@ def simulate(tasks: Sequence[Task], machine: Machine) -> Schedule:
     """Simulate a sweep.
 
     Raises:
-        ValueError: A name is used twice, or tasks wait for each other in a circle.
+        ValueError: A name is used twice, tasks wait for each other in a circle, or the time
+            limit leaves no time to train.
     """
     order = {task.name: index for index, task in enumerate(tasks)}
     if len(order) < len(tasks):
@@ -119,7 +130,7 @@ def simulate(tasks: Sequence[Task], machine: Machine) -> Schedule:
             release(task)
 
     idle = list(range(machine.workers))  # a heap: those that have worked come first
-    started: set[int] = set()
+    loaded: dict[int, set[str]] = {}  # by worker process
     busy: list[tuple[float, int, Task]] = []  # a heap by end and worker
     at_once: Counter[str] = Counter()
     pieces: list[Piece] = []
@@ -134,9 +145,14 @@ def simulate(tasks: Sequence[Task], machine: Machine) -> Schedule:
                 waiting.append(entry)
                 continue
             worker = heapq.heappop(idle)
-            overhead = machine.job_overhead + (0.0 if worker in started else machine.startup)
-            started.add(worker)
-            share = min(left[task.name], machine.piece)
+            overhead = 0.0
+            if worker not in loaded or not machine.stays:
+                overhead += machine.startup
+                loaded[worker] = set()
+            if task.data not in loaded[worker]:
+                overhead += task.loading
+                loaded[worker].add(task.data)
+            share = min(left[task.name], machine.piece(overhead))
             left[task.name] -= share
             at_once[task.array] += 1
             end = now + overhead + share

@@ -3,6 +3,7 @@
 The folder is the truth: a state is read from it and kept nowhere else.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -33,6 +34,7 @@ from benchmarks.run import SCHEMA, Run
 from benchmarks.settings import explain
 
 COMMITTED = ("config.json", "environment.json", "metrics.jsonl", "result.json")
+MEASUREMENTS = "measurements"
 
 
 # What a sign of life holds at least.
@@ -121,7 +123,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            with writing(self.path):
+            with writing(self.path), _locking(self.path):
                 free = _try_lock(handle)
             if not free:
                 raise Busy(f"{self.path.name}: another process is training this run")
@@ -135,7 +137,8 @@ class RunFolder:
         except OSError:
             return False
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with _locking(self.path):
+                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         finally:
@@ -197,6 +200,10 @@ class RunFolder:
         """Leave a sign of life."""
         write_json(self.path / "progress.json", progress, durable=False)
 
+    def measurements(self) -> list[Path]:
+        """What was measured on the finished run's network, a file each."""
+        return sorted((self.path / MEASUREMENTS).glob("*.json"))
+
     def result(self) -> dict[str, Any]:
         """The result of a finished run.
 
@@ -233,6 +240,25 @@ class RunFolder:
     def earlier_failures(self) -> list[str]:
         """Reasons of the failures before ``retry``, oldest first."""
         return [read_json(p)["reason"] for p in sorted(self.path.glob("failure-*.json"))]
+
+
+@contextmanager
+def _locking(path: Path) -> Iterator[None]:
+    """Say in one line that a file system has no locks, which some clusters' need to be asked for.
+
+    Raises:
+        UserError: Locks are not supported.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise UserError(
+                f"{path}: this file system has no file locks (flock), without which two processes "
+                "could train one run; mount it with them (Lustre: -o flock) or choose another "
+                "RUNS_DIR"
+            ) from error
+        raise
 
 
 def _try_lock(handle: int) -> bool:
@@ -287,7 +313,9 @@ class Store:
 
     def _publish(self, source: RunFolder, copy: RunFolder) -> None:
         files = {State.DONE: COMMITTED, State.FAILED: ("config.json", "failure.json")}
-        names = files.get(source.state(), ())
+        names = list(files.get(source.state(), ()))
+        if "result.json" in names:
+            names += [f"{MEASUREMENTS}/{path.name}" for path in source.measurements()]
         for name in names:
             try:
                 content = (source.path / name).read_bytes()
@@ -298,8 +326,8 @@ class Store:
             target = copy.path / name
             if not target.exists() or target.read_bytes() != content:
                 write_bytes(target, content)
-        for extra in _files(copy.path):
-            if extra.name not in names:
+        for extra in [*_files(copy.path), *copy.measurements()]:
+            if str(extra.relative_to(copy.path)) not in names:
                 extra.unlink()
         if not names and copy.path.exists():
             shutil.rmtree(copy.path)

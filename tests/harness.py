@@ -127,7 +127,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     }
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     """Wait for something to become true, and fail if it does not."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -98,7 +98,7 @@ def test_a_malicious_pickle_under_its_right_checksum_is_refused_unexecuted(tmp_p
     if form == "torch":
         torch.save({"trainer": Malice(target)}, buffer)
     else:
-        pickle.dump({"trainer": Malice(target)}, buffer)
+        pickle.dump({"trainer": Malice(target)}, buffer, protocol=2)
     content = buffer.getvalue()
     name = f"e0002-s000000-{hashlib.sha256(content).hexdigest()}.pt"
     (folder / name).write_bytes(content)

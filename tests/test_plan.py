@@ -131,9 +131,7 @@ def test_no_second_stage_without_epochs_for_it(tmp_path):
 
 
 def test_a_data_set_that_cannot_be_had_leaves_its_rows_empty(tmp_path):
-    plan = make_plan(
-        tmp_path, {"datasets": ["svhn", "digits"]}, unavailable={"svhn": "no network"}
-    )
+    plan = make_plan(tmp_path, {"datasets": ["svhn", "digits"]}, unavailable={"svhn": "no network"})
     assert {run.settings.dataset for run in plan.runs} == {"digits"}
     assert [bool(arm.runs) for arm in plan.arms] == [False] * 3 + [True] * 3
     assert plan.unavailable == {"svhn": "no network"}

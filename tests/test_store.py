@@ -152,8 +152,7 @@ def test_a_run_is_read_back_and_an_edited_or_foreign_one_is_refused(store, plan)
     assert "edited" in refusal(content | {"identity": "0" * 64})
     assert "schema version 2" in refusal(content | {"schema": 2})
     assert "seed" in refusal(
-        content
-        | {"run": content["run"] | {"settings": content["run"]["settings"] | {"seed": "x"}}}
+        content | {"run": content["run"] | {"settings": content["run"]["settings"] | {"seed": "x"}}}
     )
     refusal({"schema": content["schema"]})
 
