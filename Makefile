@@ -6,6 +6,9 @@ DEVICE      ?= auto
 DATA_DIR    ?= data
 RUNS_DIR    ?= runs
 RESULTS_DIR ?= results
+EXECUTOR    ?= local
+CLUSTER     ?=
+WATCH       ?=
 
 # PYTHON makes the virtual environment in VENV. With VENV= (empty) nothing is installed and PYTHON
 # is used as it is, packages and all.
@@ -21,13 +24,14 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table report plan calibrate status doctor test lint clean
+.PHONY: help setup reproduce-table hessian report plan calibrate status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
 
 help:  ## List the targets and the variables they take
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
 	  awk -F'\t' '{ printf "  make %-17s %s\n", $$1, $$2 }'
 	@printf '\n  PROFILE=%s JOBS=%s DEVICE=%s DATA_DIR=%s RUNS_DIR=%s RESULTS_DIR=%s\n' \
 	  $(PROFILE) $(JOBS) $(DEVICE) $(DATA_DIR) $(RUNS_DIR) $(RESULTS_DIR)
+	@printf '  EXECUTOR=slurm CLUSTER=FILE.toml: on a Slurm cluster, see slurm/README.md.\n'
 	@printf '  JOBS=0: a worker a core (one on a GPU). VENV= : use PYTHON=%s and its packages.\n' $(PYTHON)
 
 setup: $(READY)  ## Make the virtual environment with the pinned packages
@@ -43,9 +47,22 @@ $(VENV)/.ready: requirements.txt
 
 reproduce-table: $(READY)  ## Train what is missing of PROFILE and write its table of test errors
 	@$(PY) -m benchmarks reproduce-table --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR) \
+	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER))
+
+resubmit: $(READY)  ## Start failed runs of PROFILE again on the Slurm cluster CLUSTER
+	@$(PY) -m benchmarks resubmit --profile $(PROFILE) --device $(DEVICE) \
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR) \
+	  $(if $(CLUSTER),--cluster $(CLUSTER))
+
+cancel: $(READY)  ## Cancel the Slurm jobs of PROFILE and nothing else
+	@$(PY) -m benchmarks cancel --profile $(PROFILE) --runs-dir $(RUNS_DIR)
+
+hessian: $(READY)  ## Measure the landscape around the networks of PROFILE; train what is missing
+	@$(PY) -m benchmarks hessian --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
 
-report: $(READY)  ## Rebuild the table of PROFILE from the records of its runs
+report: $(READY)  ## Rebuild tables, plots and pages of PROFILE from the records of its runs
 	@$(PY) -m benchmarks report --profile $(PROFILE) --results-dir $(RESULTS_DIR)
 
 plan: $(READY)  ## Say what PROFILE costs before it is launched: time, disk, when it is finished
@@ -53,16 +70,26 @@ plan: $(READY)  ## Say what PROFILE costs before it is launched: time, disk, whe
 
 calibrate: $(READY)  ## Measure what the steps of PROFILE cost on this device
 	@$(PY) -m benchmarks calibrate --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
-	  --runs-dir $(RUNS_DIR)
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)
 
 status: $(READY)  ## Show where the runs of PROFILE stand
-	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR)
+	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR) $(if $(WATCH),--watch)
 
 doctor: $(READY)  ## Check data sets, packages, device, disk and write access
 	@$(PY) -m benchmarks doctor --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)
 
 test: $(READY)  ## Run the whole test suite
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	@$(PY) slurm/loopback.py hint
+
+test-slurm: $(READY)  ## Run the tests that need a Slurm, on a real one on the loopback
+	@OMP_NUM_THREADS=1 $(PY) slurm/loopback.py run $(PY) -m pytest tests/slurm
+
+slurm-up: $(READY)  ## Start a real two-node Slurm on this machine's loopback, to try things on
+	@$(PY) slurm/loopback.py up
+
+slurm-down: $(READY)  ## Stop it
+	@$(PY) slurm/loopback.py down
 
 lint: $(READY)  ## Check formatting, style and types
 	@$(PY) -m ruff format --check .

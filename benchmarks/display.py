@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console, Group
 from rich.live import Live
+from rich.progress import track
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +27,7 @@ _STYLES = {
     State.UNAVAILABLE: "yellow",
     State.INTERRUPTED: "yellow",
 }
+_UNDER_WAY = (State.PENDING, State.INTERRUPTED, State.RUNNING)
 
 
 class Display:
@@ -93,6 +96,19 @@ class Display:
         return Text(f"{counts_line(sweep.states)} · {duration(elapsed)} so far · {left} left")
 
 
+def measuring(console: Console, runs: list[Run]) -> Iterator[Run]:
+    """Go through runs that are to be measured, showing progress and the time left."""
+    if not runs:
+        console.print("everything is measured already")
+        return
+    if console.is_terminal:
+        yield from track(runs, "measuring", console=console, transient=True)
+    else:
+        for i, run in enumerate(runs, 1):
+            console.print(f"measuring {i}/{len(runs)}: {run.label}", soft_wrap=True)
+            yield run
+
+
 def work_done(plan: Plan, store: Store, states: dict[str, State]) -> float:
     """Work done on all runs, in the unit of ``cost.work``."""
     shares = {State.DONE: 1.0, State.PENDING: 0.0, State.FAILED: 0.0, State.BLOCKED: 0.0}
@@ -128,8 +144,17 @@ def runs_table(runs: list[Run], store: Store) -> Table:
     return table
 
 
-def status_view(plan: Plan, store: Store) -> tuple[Group, bool]:
-    """Where the runs of a plan stand, read from disk, and whether any of them runs."""
+def status_view(
+    plan: Plan, store: Store, jobs: Mapping[str, str] | None = None
+) -> tuple[Group, bool]:
+    """Where the runs of a plan stand, read from disk, and whether any of them runs.
+
+    Args:
+        plan: The runs.
+        store: Their folders.
+        jobs: What is to be said of a run's job, by identity.
+    """
+    jobs = jobs or {}
     states = store.states(plan)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("state", "run", ""):
@@ -143,10 +168,16 @@ def status_view(plan: Plan, store: Store) -> tuple[Group, bool]:
             note = folder.failure()["reason"]
         elif state in (State.RUNNING, State.INTERRUPTED):
             note = progress_line(folder, run)
+        if state in _UNDER_WAY and run.identity in jobs:
+            note = f"{note} · {jobs[run.identity]}".removeprefix(" · ")
         table.add_row(Text(state, _STYLES.get(state, "")), run.label, Text(note))
     for dataset, reason in plan.unavailable.items():
         table.add_row(Text(State.UNAVAILABLE, _STYLES[State.UNAVAILABLE]), dataset, Text(reason))
-    return Group(table, Text(counts_line(states))), State.RUNNING in states.values()
+    active = any(
+        state is State.RUNNING or (state in _UNDER_WAY and name in jobs)
+        for name, state in states.items()
+    )
+    return Group(table, Text(counts_line(states))), active
 
 
 def progress_line(folder: RunFolder, run: Run) -> str:
