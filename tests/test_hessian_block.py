@@ -10,7 +10,6 @@ from pof.hessian import (
     block_hessian,
     classifier_hessian,
     extreme_eigenvalues,
-    top_eigenvalues,
     trace,
 )
 
@@ -304,21 +303,3 @@ def test_trace_by_probes():
     estimate = trace(H, probes=60)
     exact = float(written_out(H).trace())
     assert abs(estimate.value - exact) < 4 * estimate.standard_error
-
-
-def test_a_thinned_set_gives_a_start():
-    model, (x, y) = tiny(), samples(40)
-    H = block_hessian(model, batches(x, y), weight_decay=0.1)
-    coarse = H.thinned(3)
-    assert coarse.samples == 16  # batches 0, 3, 6 and 9
-    assert coarse.weight_decay == 0.1
-    kept = torch.cat([torch.arange(4) + 4 * batch for batch in (0, 3, 6, 9)])
-    close(
-        written_out(coarse),
-        written_out(block_hessian(model, [(x[kept], y[kept])], weight_decay=0.1)),
-    )
-    cold = top_eigenvalues(H)
-    start = top_eigenvalues(coarse, tolerance=0.05).vectors[:, 0]
-    warm = top_eigenvalues(H, start=start)
-    assert warm.all_converged
-    close(warm.values, cold.values)

@@ -179,9 +179,28 @@ def test_too_many_attempts_before_this_one_end_the_run(desk):
 
 def test_a_run_that_somebody_is_at_is_waited_for(desk, monkeypatch):
     monkeypatch.setattr(task, "_BUSY_SECONDS", 0.05)
-    with desk.store.folder(desk.parent).lock():
-        job = desk.start(desk.parent)
-        assert not (desk.store.root / "tries").exists()
+    folder = desk.store.folder(desk.parent)
+    looked = folder.path / "looked"
+    state = RunFolder.state
+
+    def look(self: RunFolder) -> State:
+        found = state(self)
+        if found is State.RUNNING:
+            looked.touch()
+        return found
+
+    def hold() -> None:
+        with folder.lock():
+            signal.pause()
+
+    holder = fork(hold)
+    wait_until(lambda: folder.state() is State.RUNNING)
+    monkeypatch.setattr(RunFolder, "state", look)
+    job = desk.start(desk.parent)
+    wait_until(lambda: looked.exists())
+    assert not (desk.store.root / "tries").exists()
+    os.kill(holder, signal.SIGKILL)
+    os.waitpid(holder, 0)
     assert exit_status(job) == 0
     assert desk.state(desk.parent) is State.DONE
 

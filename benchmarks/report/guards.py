@@ -135,7 +135,7 @@ def value(results: Results, identity: str, field: str) -> str:
             values = [_ENVIRONMENT[field](environment) for environment in environments]
         else:
             values = [(_CELL | _ARM)[field](run)]
-        found += [v for v in values if v and v not in found]
+        found += dict.fromkeys(v for v in values if v and v not in found)
     return " then ".join(found)
 
 
@@ -172,13 +172,13 @@ def _check_cell(results: Results, rows: Sequence[Row]) -> None:
                 if row.split == split
                 for identity in row.runs.values()
             ]
-            _require_one(field, members)
+            _require_one(results, field, members)
 
 
 def _check_arm(results: Results, row: Row) -> None:
     for field in _ARM:
         members = [(value(results, i, field), results.run(i)) for i in row.runs.values()]
-        _require_one(field, members)
+        _require_one(results, field, members)
     allowed = {"seed", "fingerprint"} | ({"sam"} if any(f in _ARM for f, _ in row.split) else set())
     first: tuple[Run, dict[str, Any]] | None = None
     for identity in row.runs.values():
@@ -195,7 +195,7 @@ def _check_arm(results: Results, row: Row) -> None:
                 )
 
 
-def _require_one(field: str, members: Sequence[tuple[str, Run]]) -> None:
+def _require_one(results: Results, field: str, members: Sequence[tuple[str, Run]]) -> None:
     by_value: dict[str, Run] = {}
     for found, run in members:
         by_value.setdefault(found, run)
@@ -203,5 +203,6 @@ def _require_one(field: str, members: Sequence[tuple[str, Run]]) -> None:
         (one, first), (two, second) = list(by_value.items())[:2]
         raise UserError(
             f"{first.label} and {second.label}: not pooled, they differ in {title(field)}: {one} "
-            f"and {two}; python -m benchmarks report --split-by {field} gives each its own rows"
+            f"and {two}; python -m benchmarks report --profile {results.name} --split-by {field} "
+            "gives each its own rows"
         )

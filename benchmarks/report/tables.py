@@ -195,7 +195,7 @@ def not_in_profile(found: Sequence[Finding]) -> dict[str, list[str]]:
 
 def setting_departures(found: Sequence[Finding]) -> dict[str, tuple[str, ...]]:
     """Setting → in what it differs from the paper's, for all that a verdict is marked with."""
-    return {f.setting: f.departures for f in found if f.departures and f.backbone}
+    return {f.setting: f.departures for f in found if verdict_cell(f).endswith(DEPARTS)}
 
 
 def cost_table(evidence: Evidence) -> Table:

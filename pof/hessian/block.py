@@ -16,8 +16,6 @@ float64; where the two differ, double backward is what is used.
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -134,23 +132,6 @@ class BlockCurvature:
         product = torch.cat([piece.reshape(-1) for piece in total]) / self.samples
         return product + self.weight_decay * vector
 
-    def thinned(self, every: int) -> "BlockCurvature":
-        """The same matrix over every so-many-th batch only, from the first on.
-
-        Its leading eigenvectors, had at a fraction of the cost and to a loose tolerance, are a
-        ``start`` for `top_eigenvalues` over the whole set that saves it several products.
-        """
-        return BlockCurvature(
-            self.network,
-            _EveryNth(self.batches, every),
-            block=self.block,
-            kind=self.kind,
-            label_smoothing=self.label_smoothing,
-            weight_decay=self.weight_decay,
-            mode=self.mode,
-            dtype=self.dtype,
-        )
-
     def _unflatten(self, vector: Tensor) -> list[Tensor]:
         pieces = vector.split([shape.numel() for shape in self._shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
@@ -219,17 +200,6 @@ class BlockCurvature:
 
         product = _PRODUCTS[self.kind, method]
         return product(logits_of, target_like, primals, tangents)
-
-
-@dataclass(frozen=True)
-class _EveryNth:
-    """Some of the batches, as often as they are asked for."""
-
-    batches: Iterable[tuple[Tensor, Tensor]]
-    every: int
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(self.batches, 0, None, self.every)
 
 
 _Logits = Callable[[Sequence[Tensor]], Tensor]

@@ -15,7 +15,9 @@ Solver = Literal["auto", "dense", "lanczos"]
 #: spectrum, repeated eigenvalues included, at a cost still small beside the pass over the set.
 DENSE_LIMIT = 1024
 
-_BASIS = 64
+_BASIS = 40
+
+_Pairs = tuple[Tensor, Tensor]  # vectors (k, D) and their products with the operator
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,9 @@ class Eigen:
     Attributes:
         values: (k,) in float64 on the host; signed, the end of the spectrum first.
         vectors: Unit eigenvectors as columns (D, k), where and in what the operator computes.
-        residual_norms: ‖Hv − λv‖, (k,) in float64, measured by a product of its own.
+        residual_norms: ‖Hv − λv‖, (k,) in float64, from products with H, not from an estimate.
         tolerance: What the relative residual was asked to be.
-        iterations: Products with H that the solver took (without those for the residuals).
+        iterations: Products with H that the iteration took; 0 for the dense solver.
         seed: Seed of the start vector; ``None`` where it was given, or with the dense solver.
         solver: ``dense`` or ``lanczos``.
         norm: Largest |λ| that the solver saw.
@@ -124,8 +126,8 @@ def extreme_eigenvalues(
         largest: How many of the largest eigenvalues.
         smallest: How many of the smallest (most negative).
         tolerance: Largest relative residual ‖Hv − λv‖/|λ| that counts as converged.
-        max_iterations: Most products with H before the residuals are measured.
-        max_basis: Most Lanczos vectors held: this many times D numbers.
+        max_iterations: Most products with H.
+        max_basis: Most Lanczos vectors held, with their products: 2·D numbers each.
         seed: Seeds the start vector.
         start: A start vector (D,) near the wanted eigenvectors instead, such as their sum on a
             subset of the samples.
@@ -158,12 +160,13 @@ def extreme_eigenvalues(
             first.to(operator.device, operator.dtype),
             min(max(max_basis, 2 * (largest + smallest) + 10), size, max(max_iterations, 1)),
             generator,
+            keep_products=True,
         )
         low, high, norm = _solve_lanczos(krylov, largest, smallest, tolerance, max_iterations)
         iterations, seeded, name = krylov.products, seed if start is None else None, "lanczos"
     ends = []
-    for vectors in (high, low):
-        values, vectors, residual_norms = _measure(operator, vectors)
+    for rows, products in (high, low):
+        values, vectors, residual_norms = _measure(rows, products)
         ends.append(
             Eigen(values, vectors, residual_norms, tolerance, iterations, seeded, name, norm)
         )
@@ -172,24 +175,24 @@ def extreme_eigenvalues(
 
 def _solve_dense(
     operator: SymmetricOperator, largest: int, smallest: int
-) -> tuple[Tensor, Tensor, float]:
-    """Eigenvectors (k, D) of the smallest and of the largest eigenvalues, and the norm."""
+) -> tuple[_Pairs, _Pairs, float]:
+    """Eigenvectors and products of the smallest and of the largest eigenvalues; the norm."""
     if isinstance(operator, Tensor):
         matrix = operator
     elif isinstance(operator, HasDense):
         matrix = operator.dense()
     else:
         eye = torch.eye(operator.shape[0], dtype=operator.dtype, device=operator.device)
-        matrix = torch.stack([operator @ column for column in eye], dim=1)
+        matrix = _products(operator, eye).T
     values, vectors = torch.linalg.eigh(matrix)
     norm = float(values.abs().amax())
-    rows = vectors.T
-    return rows[:smallest], rows.flip(0)[:largest], norm
+    low, high = vectors[:, :smallest], vectors.flip(1)[:, :largest]
+    return (low.T, _products(operator, low)), (high.T, _products(operator, high)), norm
 
 
 def _solve_lanczos(
     krylov: Krylov, largest: int, smallest: int, tolerance: float, max_iterations: int
-) -> tuple[Tensor, Tensor, float]:
+) -> tuple[_Pairs, _Pairs, float]:
     """As `_solve_dense`, from Ritz vectors."""
     guard = 0
     known = torch.empty(0, dtype=torch.float64)
@@ -210,7 +213,7 @@ def _solve_lanczos(
             known = found
         low, high = _ends(krylov.size, largest, smallest, guard)
         enough = krylov.size >= largest + smallest + guard * ((largest > 0) + (smallest > 0))
-        bounds = (0.5 * tolerance * values.abs()).clamp_min(rounding)
+        bounds = (0.9 * tolerance * values.abs()).clamp_min(rounding)
         settled = enough and not news and bool((residuals <= bounds)[low + high].all())
         if settled or krylov.complete or krylov.products >= max_iterations:
             break
@@ -234,15 +237,20 @@ def _ends(size: int, largest: int, smallest: int, guard: int = 0) -> tuple[list[
     return list(low), list(high)
 
 
-def _measure(operator: SymmetricOperator, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _products(operator: SymmetricOperator, columns: Tensor) -> Tensor:
+    """Products with columns (D, k), one by one, as rows (k, D)."""
+    rows = [operator @ column for column in columns.T]
+    return torch.stack(rows) if rows else columns.T
+
+
+def _measure(rows: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rayleigh quotients, unit vectors (D, k) and residual norms of vectors given as rows."""
-    vectors = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     values = torch.empty(len(rows), dtype=torch.float64)
     residual_norms = torch.empty(len(rows), dtype=torch.float64)
-    for i, vector in enumerate(vectors):
-        product = (operator @ vector).double()
-        exact = vector.double()
-        value = exact @ product / exact.square().sum()
+    lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    for i, (row, product) in enumerate(zip(rows.double(), products.double(), strict=True)):
+        value = row @ product / row.square().sum()
         values[i] = value
-        residual_norms[i] = torch.linalg.vector_norm(product - value * exact)
-    return values, vectors.T, residual_norms
+        residual = torch.linalg.vector_norm(product - value * row)
+        residual_norms[i] = residual / torch.linalg.vector_norm(row)
+    return values, (rows / lengths).T, residual_norms

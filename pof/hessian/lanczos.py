@@ -18,6 +18,7 @@ class Krylov:
         operator: H.
         start: The first vector (D,), of any length.
         capacity: Most vectors held.
+        keep_products: Holds HQ too, at as much memory again: `lift` then gives products.
         generator: On the host; draws a new direction where the space is exhausted.
 
     Attributes:
@@ -33,6 +34,8 @@ class Krylov:
         start: Tensor,
         capacity: int,
         generator: torch.Generator,
+        *,
+        keep_products: bool = False,
     ) -> None:
         self.operator = operator
         self.generator = generator
@@ -41,6 +44,7 @@ class Krylov:
         self.coupling = 0.0
         self.exhausted = False
         self._vectors = start.new_empty(capacity, len(start))
+        self._products = torch.empty_like(self._vectors) if keep_products else None
         self._projection = torch.zeros(capacity, capacity, dtype=torch.float64)
         self._next = start / torch.linalg.vector_norm(start)
 
@@ -60,6 +64,8 @@ class Krylov:
         self.size += 1
         self.products += 1
         product = self.operator @ self._next
+        if self._products is not None:
+            self._products[self.size - 1] = product
         column, remainder = self._orthogonalise(product)
         self._projection[: self.size, self.size - 1] = column
         self._projection[self.size - 1, : self.size] = column
@@ -89,14 +95,26 @@ class Krylov:
         values, rotation = torch.linalg.eigh(self._projection[: self.size, : self.size])
         return values, rotation, self.coupling * rotation[-1].abs()
 
-    def lift(self, rotation: Tensor) -> Tensor:
-        """Vectors given within the basis, as columns (size, k), in the whole space: (k, D)."""
-        return rotation.T.to(self._vectors) @ self._vectors[: self.size]
+    def lift(self, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Vectors given within the basis, as columns (size, k), in the whole space: (k, D).
+
+        Returns:
+            Them and, where products are kept, their products with H: the same sums of products
+            taken, not what the projection makes of them. No rows otherwise.
+        """
+        columns = rotation.T.to(self._vectors)
+        vectors = columns @ self._vectors[: self.size]
+        if self._products is None:
+            return vectors, vectors[:0]
+        return vectors, columns @ self._products[: self.size]
 
     def restart(self, values: Tensor, rotation: Tensor) -> None:
         """Replace the basis by some of its Ritz vectors; the process goes on from there."""
-        self._vectors[: len(values)] = self.lift(rotation)
+        vectors, products = self.lift(rotation)
         self.size = len(values)
+        self._vectors[: self.size] = vectors
+        if self._products is not None:
+            self._products[: self.size] = products
         self._projection.zero_()
         self._projection.diagonal()[: self.size] = values
 

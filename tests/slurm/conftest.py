@@ -19,7 +19,7 @@ from tests.harness import ROOT, profile_file, record, toml, wait_until
 FOLDER = os.environ.get("POF_LOOPBACK")
 collect_ignore_glob = [] if FOLDER else ["test_*.py"]
 
-PATIENCE = 240.0
+PATIENCE = 400.0
 COUNTED = ("sbatch", "squeue", "sacct", "scancel", "scontrol")
 
 
@@ -94,7 +94,7 @@ class Lab:
     def profile(self, changes: dict) -> Path:
         return profile_file(self.folder, changes)
 
-    def start(self, command: str, *arguments: object, data: bool = True) -> Launched:
+    def start(self, command: str, *arguments: object) -> Launched:
         """Start ``python -m benchmarks COMMAND`` for the test's profile and folders."""
         folders = ["--runs-dir", self.runs_dir]
         if command in ("reproduce-table", "resubmit"):
@@ -182,6 +182,11 @@ def lab(tmp_path, cluster):
     made = Lab(tmp_path, cluster)
     yield made
     made.close()
+
+
+def parent_of(pid: int) -> int:
+    """The process that started another."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def results_of(lab: Lab) -> dict:

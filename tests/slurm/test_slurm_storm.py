@@ -4,13 +4,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from benchmarks.executors.slurm.submissions import Submissions
 from tests.harness import wait_until
-from tests.slurm.conftest import PATIENCE, Lab, results_of
+from tests.slurm.conftest import PATIENCE, Lab, parent_of, results_of
 
 SETTINGS = {
     "seeds": [0, 1, 2],
@@ -19,10 +18,6 @@ SETTINGS = {
     "training": {"epochs": 8, "post_epochs": 8, "batch_size": 20},
     "schedule": {"milestones": [6]},
 }
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def preempt(lab: Lab, run) -> None:
