@@ -127,7 +127,11 @@ class RunFolder:
                 free = _try_lock(handle)
             if not free:
                 raise Busy(f"{self.path.name}: another process is training this run")
-            yield
+            try:
+                yield
+            finally:
+                # Said aloud: a child forked meanwhile has the handle too, and would hold on to it.
+                fcntl.flock(handle, fcntl.LOCK_UN)
         finally:
             os.close(handle)
 

@@ -27,7 +27,7 @@ def local_reference(lab: Lab, folder: Path, changes: dict) -> Lab:
     """The same profile by the local executor, started; wait for its last command."""
     reference = Lab(folder, lab.cluster)
     reference.profile(changes)
-    reference.start("reproduce-table", "--jobs", 1)
+    reference.start("reproduce-table", "--jobs", 2)  # a thread each, as in the jobs
     return reference
 
 
@@ -54,11 +54,11 @@ def test_a_stage_longer_than_the_time_limit_is_chained(lab, tmp_path_factory):
 
 @pytest.mark.parametrize("steps_die_too", [False, True], ids=["slurmd dies", "the node dies"])
 def test_a_node_that_fails_and_comes_back(lab, tmp_path_factory, steps_die_too):
-    """With slurmd alone gone, the old process trains on where Slurm has given the run to another."""
+    """With slurmd alone gone, the old process trains on when Slurm has given the run to another."""
     changes = {
         "methods": ["sam"],
         "data": {"train_size": 200},
-        "training": {"epochs": 60, "post_epochs": 0, "batch_size": 20},
+        "training": {"epochs": 120, "post_epochs": 0, "batch_size": 20},
     }
     lab.profile(changes)
     lab.cluster_file()
@@ -79,7 +79,7 @@ def test_a_node_that_fails_and_comes_back(lab, tmp_path_factory, steps_die_too):
     assert reference.launched[-1].wait() == 0
     if steps_die_too:
         assert lab.causes(run) == ["node failed", "done"]
-    assert epochs_of(lab) == [list(range(1, 61))]
+    assert epochs_of(lab) == [list(range(1, 121))]
     assert results_of(lab) == results_of(reference)
     wait_until(
         lambda: (
