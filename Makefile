@@ -79,8 +79,8 @@ doctor: $(READY)  ## Check data sets, packages, device, disk and write access
 	@$(PY) -m benchmarks doctor --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)
 
 test: $(READY)  ## Run the whole test suite
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 	@$(PY) slurm/loopback.py hint
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 test-slurm: $(READY)  ## Run the tests that need a Slurm, on a real one on the loopback
 	@OMP_NUM_THREADS=1 $(PY) slurm/loopback.py run $(PY) -m pytest tests/slurm
