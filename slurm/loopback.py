@@ -255,7 +255,6 @@ SelectTypeParameters=CR_Core_Memory
 SlurmdParameters=config_overrides
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/{kept}
-AccountingStorageTRES=gres/gpu
 GresTypes=gpu
 # Impatient, for tests.
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min_interval=200000
