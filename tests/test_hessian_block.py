@@ -303,3 +303,29 @@ def test_trace_by_probes():
     estimate = trace(H, probes=60)
     exact = float(written_out(H).trace())
     assert abs(estimate.value - exact) < 4 * estimate.standard_error
+
+
+def test_the_start_is_a_sample_of_the_gauss_newton_matrix():
+    model, (x, y) = tiny(), samples()
+    H = block_hessian(model, batches(x, y))
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([H.start(generator) for _ in range(2000)])
+    model.eval()
+    expected = len(x) * dense_gauss_newton(model, x, y)
+    size = float(expected.diagonal().max())
+    assert float(draws.mean(0).abs().max()) < 5 * (size / len(draws)) ** 0.5
+    assert float((draws.T @ draws / len(draws) - expected).abs().max()) < 0.15 * size
+    again = H.start(torch.Generator().manual_seed(0))
+    assert torch.equal(again, draws[0])
+
+
+def test_eigenvalues_of_a_network_do_not_depend_on_the_seed():
+    model, (x, y) = tiny(), samples()
+    H = block_hessian(model, batches(x, y))
+    model.eval()
+    exact = torch.linalg.eigvalsh(dense_hessian(model, x, y))
+    for seed in (0, 1):
+        top, bottom = extreme_eigenvalues(H, largest=2, smallest=2, seed=seed)
+        assert top.seed == seed
+        close(top.values, exact.flip(0)[:2])
+        close(bottom.values, exact[:2])

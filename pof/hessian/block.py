@@ -132,6 +132,31 @@ class BlockCurvature:
         product = torch.cat([piece.reshape(-1) for piece in total]) / self.samples
         return product + self.weight_decay * vector
 
+    def start(self, generator: torch.Generator) -> Tensor:
+        """A random vector (D,) whose covariance is N times the Gauss-Newton matrix.
+
+        It is the gradient of the loss for labels drawn from the network's own predictions, at
+        less than half the cost of a product. Where a few eigenvalues stand out, as they do in
+        trained networks, it has a large part in their directions, a normal vector a tiny one.
+
+        Args:
+            generator: On the host.
+        """
+
+        def gradient(logits: Tensor) -> Tensor:
+            p = logits.detach().softmax(1)
+            drawn = torch.multinomial(p.double().cpu(), 1, generator=generator).to(p.device)
+            return p.scatter_add(1, drawn, -torch.ones_like(p[:, :1]))
+
+        total = [torch.zeros(s, dtype=self.dtype, device=self.device) for s in self._shapes]
+        with self._prepared(self.dtype) as tensors, torch.enable_grad():
+            primals = [tensors[name].requires_grad_() for name in self.names]
+            for images, _ in self.batches:
+                logits = self._logits(tensors, images, primals)
+                pieces = _gradients((logits * gradient(logits)).sum(), primals)
+                torch._foreach_add_(total, pieces)
+        return torch.cat([piece.reshape(-1) for piece in total])
+
     def _unflatten(self, vector: Tensor) -> list[Tensor]:
         pieces = vector.split([shape.numel() for shape in self._shapes])
         return [piece.view(shape) for piece, shape in zip(pieces, self._shapes, strict=True)]
@@ -176,6 +201,15 @@ class BlockCurvature:
             for module, training in modes:
                 module.training = training
 
+    def _logits(
+        self, tensors: dict[str, Tensor], images: Tensor, block: Sequence[Tensor]
+    ) -> Tensor:
+        """The logits of a batch with the block's parameters replaced, in their precision."""
+        images = images.to(block[0].dtype) if images.is_floating_point() else images
+        own = dict(zip(self.names, block, strict=True))
+        logits: Tensor = functional_call(self.network, {**tensors, **own}, (images,))
+        return logits
+
     @torch.enable_grad()
     def _batch_product(
         self,
@@ -186,17 +220,15 @@ class BlockCurvature:
     ) -> list[Tensor]:
         """The product with one batch's matrix, summed over its samples."""
         images, labels = batch
-        dtype = tangents[0].dtype
-        images = images.to(dtype) if images.is_floating_point() else images
         primals = [tensors[name].requires_grad_() for name in self.names]
 
         def logits_of(block: Sequence[Tensor]) -> Tensor:
-            own = dict(zip(self.names, block, strict=True))
-            logits: Tensor = functional_call(self.network, {**tensors, **own}, (images,))
-            return logits
+            return self._logits(tensors, images, block)
 
         def target_like(logits: Tensor) -> Tensor:
-            return target_distribution(labels, logits.shape[1], self.label_smoothing).to(dtype)
+            return target_distribution(labels, logits.shape[1], self.label_smoothing).to(
+                logits.dtype
+            )
 
         product = _PRODUCTS[self.kind, method]
         return product(logits_of, target_like, primals, tangents)

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from pof.hessian.lanczos import Krylov, gaussian
-from pof.hessian.operator import HasDense, SymmetricOperator
+from pof.hessian.operator import HasDense, HasStart, SymmetricOperator
 
 Solver = Literal["auto", "dense", "lanczos"]
 
 #: Up to this dimension an operator that can write itself out is solved densely: the exact
-#: spectrum, repeated eigenvalues included, at a cost still small beside the pass over the set.
+#: spectrum, repeated eigenvalues included. Measured for a classifier of 10 classes over 10,000
+#: samples on one core: 0.4 s at D = 650, 0.8 s at 1010, 3.3 s at 2010 (Lanczos: under 0.15 s).
 DENSE_LIMIT = 1024
 
 _BASIS = 40
@@ -128,7 +129,7 @@ def extreme_eigenvalues(
         tolerance: Largest relative residual ‖Hv − λv‖/|λ| that counts as converged.
         max_iterations: Most products with H.
         max_basis: Most Lanczos vectors held, with their products: 2·D numbers each.
-        seed: Seeds the start vector.
+        seed: Seeds the start vector: normal, or half and half with the operator's own ``start``.
         start: A start vector (D,) near the wanted eigenvectors instead, such as their sum on a
             subset of the samples.
         solver: ``dense`` writes H out; ``lanczos`` never does; ``auto`` writes out what is small
@@ -154,7 +155,7 @@ def extreme_eigenvalues(
         iterations, seeded, name = 0, None, "dense"
     else:
         generator = torch.Generator().manual_seed(seed)
-        first = gaussian(size, generator) if start is None else start
+        first = _start(operator, generator) if start is None else start
         krylov = Krylov(
             operator,
             first.to(operator.device, operator.dtype),
@@ -171,6 +172,17 @@ def extreme_eigenvalues(
             Eigen(values, vectors, residual_norms, tolerance, iterations, seeded, name, norm)
         )
     return ends[0], ends[1]
+
+
+def _start(operator: SymmetricOperator, generator: torch.Generator) -> Tensor:
+    """A normal vector, for every direction, and as much of the operator's own idea of a start."""
+    normal = gaussian(operator.shape[0], generator).to(operator.device, operator.dtype)
+    normal /= torch.linalg.vector_norm(normal)
+    if not isinstance(operator, HasStart):
+        return normal
+    own = operator.start(generator)
+    length = torch.linalg.vector_norm(own)
+    return normal + own / length if bool(length > 0) else normal
 
 
 def _solve_dense(

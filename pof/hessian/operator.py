@@ -39,3 +39,12 @@ class HasDense(Protocol):
     def dense(self) -> Tensor:
         """The matrix itself, (D, D)."""
         ...
+
+
+@runtime_checkable
+class HasStart(Protocol):
+    """An operator that knows where to look for its large eigenvalues."""
+
+    def start(self, generator: torch.Generator, /) -> Tensor:
+        """A random vector (D,) in which directions of large eigenvalues are likely large."""
+        ...
