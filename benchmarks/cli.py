@@ -1,5 +1,6 @@
 """The commands. Nothing heavy is imported until a command needs it."""
 
+import logging
 import os
 import signal
 import sys
@@ -51,6 +52,9 @@ _DATA, _RUNS, _RESULTS = Path("data"), Path("runs"), Path("results")
 def main() -> None:
     """Run the command line; a user's mistake is one line, never a traceback."""
     console = Console(stderr=True)
+    # How fetching and decoding data goes on: it may take minutes.
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("pof.data").setLevel(logging.INFO)
     try:
         app(standalone_mode=True)
     except UserError as error:
