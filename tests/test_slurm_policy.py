@@ -417,6 +417,19 @@ def test_a_job_cancelled_while_it_waited_is_left_too(world):
     assert world.submitted(world.run(POF, 2)) == 1
 
 
+def test_a_job_cancelled_while_it_waited_to_go_on_is_left_too(world):
+    world.look()
+    first = world.run(SAM, 0)
+    job = world.slurm.begin(first)
+    Attempts(world.store.folder(first)).end(job, Cause.TIMED_OUT)
+    world.slurm.become(job, "PENDING", "BeginTime")
+    world.look()
+    for waiting in world.slurm.orders:
+        world.slurm.become(waiting, "CANCELLED")
+    assert not world.look()
+    assert world.submitted(first) == 1
+
+
 def test_nothing_is_concluded_from_a_controller_that_is_away(world):
     world.look()
     world.slurm.begin(world.run(SAM, 0))

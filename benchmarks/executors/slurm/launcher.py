@@ -208,14 +208,14 @@ class Launcher:
         attempts = Attempts(self.store.folder(run))
         events = attempts.read()
         last = events[-1] if events and events[-1].job == job.id else None
-        if last is None or last.event == "begun" or last.cause is Cause.STOPPED:
-            if last is None and self.sweep.states.get(run.parent or "", State.DONE) != State.DONE:
-                return  # it never began, since its parent is not done: it goes where that goes
-            cause = self._cause(job, last)
-            if cause is Cause.CANCELLED and job.id in self._seen:
-                self.left.add(run.identity)
-                self.tell(f"{run.label}: its job {job.id} was cancelled; it is left as it is")
-                return
+        if last is None and self.sweep.states.get(run.parent or "", State.DONE) is not State.DONE:
+            return  # it never began, since its parent is not done: it goes where that goes
+        cause = self._cause(job, last)
+        if cause is Cause.CANCELLED and job.id in self._seen:
+            self.left.add(run.identity)
+            self.tell(f"{run.label}: its job {job.id} was cancelled; it is left as it is")
+            return
+        if last is None or last.cause in (None, Cause.STOPPED):
             attempts.end(job.id, cause)
         reason = verdict(attempts.read(), self.cluster.retries)
         if reason is not None:

@@ -184,7 +184,9 @@ class Slurm:
 
     def cancel(self, name: str, ids: Iterable[str]) -> bool:
         """See ``Scheduler``."""
-        return _output(["scancel", f"--name={name}", *ids]) is not None
+        done = _run(["scancel", "--quiet", f"--name={name}", *ids])
+        # A job that has ended meanwhile is an error to scancel, and none to us.
+        return done is not None and not any(word in done.stderr for word in _AWAY)
 
     def max_array_size(self) -> int:
         """See ``Scheduler``."""
@@ -213,13 +215,18 @@ def _read_queue(output: str) -> dict[str, Job]:
 
 def _output(command: list[str]) -> str | None:
     """What a command says; ``None`` if it failed or did not come back."""
+    done = _run(command)
+    return done.stdout if done is not None and done.returncode == 0 else None
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str] | None:
+    """A command's outcome; ``None`` if it could not be run or did not come back."""
     try:
-        done = subprocess.run(
+        return subprocess.run(
             command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=False
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout if done.returncode == 0 else None
 
 
 def requeue_self() -> bool:
