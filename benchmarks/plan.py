@@ -4,14 +4,17 @@ An arm is trained in two stages. Arms of one base method share the first: SAM 0�
 from which SAM 200→250 and PoF 200→250 both start.
 """
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from benchmarks.errors import UserError
 from benchmarks.files import read_json, write_json
 from benchmarks.run import SCHEMA, Run, RunSettings
-from benchmarks.settings import CellSettings, Profile, Strict, explain
+from benchmarks.settings import CellSettings, Continued, Profile, Strict, explain
+from pof.settings import ScheduleSettings
 
 FILE = "plan.json"
 
@@ -58,6 +61,11 @@ class Plan(Strict):
     def write(self, path: Path) -> None:
         """Write the plan as JSON."""
         write_json(path, self.model_dump(mode="json"))
+
+
+def file_of(runs_dir: Path, profile: str) -> Path:
+    """Where the plan of a profile is kept while it is carried out."""
+    return runs_dir / "plans" / f"{profile}.json"
 
 
 def read(path: Path) -> Plan:
@@ -157,10 +165,25 @@ def _stages(
     if not training.post_epochs:
         return [first]
     total = training.epochs + training.post_epochs
+    if variant in profile.continued:
+        going_on = _continued(settings(base, training.epochs, total), profile.continued[variant])
+    else:
+        going_on = settings("pof" if variant else base, training.epochs, total)
     second = Run(
-        settings=settings("pof" if variant else base, training.epochs, total),
+        settings=going_on,
         method=method,
         parent=first.identity,
         evaluate_every=training.evaluate_every,
     )
     return [first, second]
+
+
+def _continued(settings: RunSettings, terms: Continued) -> RunSettings:
+    """The base method's second stage, on terms of its own."""
+    changes: dict[str, Any] = {}
+    if terms.learning_rate is not None:
+        optimizer = dataclasses.replace(settings.optimizer, learning_rate=terms.learning_rate)
+        changes = {"optimizer": optimizer, "schedule": ScheduleSettings(kind="constant")}
+    if terms.epochs is not None:
+        changes["last_epoch"] = settings.first_epoch + terms.epochs
+    return settings.model_copy(update=changes)

@@ -29,6 +29,7 @@ PROFILES = Path(__file__).parent / "profiles"
 DatasetName = Literal["cifar10", "cifar100", "svhn", "fashion_mnist", "digits", "cifar10_jpeg"]
 AugmentationName = Literal["none", "basic", "cutout"]
 BaseMethod = Literal["sgd", "sam"]
+VariantName = Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")]
 
 # Post-training methods that every profile knows, as differences from its [pof] table.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -110,6 +111,18 @@ class Where(Strict):
         )
 
 
+class Continued(Strict):
+    """The base method continued on terms of its own: what post-training must beat at equal cost.
+
+    Attributes:
+        learning_rate: A constant rate; ``None``: the schedule continues.
+        epochs: How many; ``None``: as many as the other arms (``training.post_epochs``).
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[int, Field(gt=0)] | None = None
+
+
 class CellSettings(Strict):
     """Everything that is fixed for one dataset × backbone × augmentation."""
 
@@ -161,9 +174,10 @@ class Profile(CellSettings):
         datasets: See ``DatasetName``.
         backbones: Names that ``pof.network.create`` knows.
         augmentations: See ``AugmentationSettings``.
-        methods: ``sgd``, ``sam``, or ``BASE+VARIANT`` with a variant of ``VARIANTS`` or of
-            ``variants``.
+        methods: ``sgd``, ``sam``, or ``BASE+VARIANT`` with a variant of ``VARIANTS``, of
+            ``variants`` or of ``continued``.
         variants: More post-training methods: name → what differs from ``pof``.
+        continued: More second stages of the base method itself: name → its terms.
         override: What differs for some cells.
     """
 
@@ -174,21 +188,28 @@ class Profile(CellSettings):
     backbones: Annotated[list[str], Field(min_length=1)]
     augmentations: Annotated[list[AugmentationName], Field(min_length=1)]
     methods: Annotated[list[str], Field(min_length=1)]
-    variants: dict[Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")], dict[str, Any]] = {}
+    variants: dict[VariantName, dict[str, Any]] = {}
+    continued: dict[VariantName, Continued] = {}
     override: list[Override] = []
 
     @model_validator(mode="after")
     def _methods_exist(self) -> Self:
-        known = ", ".join(VARIANTS | self.variants)
-        taken = VARIANTS.keys() & self.variants.keys()
-        if taken:
-            raise ValueError(f"variants: {min(taken)!r} already means something; choose a new name")
+        known = [*VARIANTS, *self.variants, *self.continued]
+        for table, earlier in (
+            ("variants", VARIANTS.keys()),
+            ("continued", VARIANTS.keys() | self.variants.keys()),
+        ):
+            if taken := earlier & getattr(self, table).keys():
+                name = min(taken)
+                raise ValueError(f"{table}: {name!r} already means something; choose a new name")
         for method in self.methods:
             base, plus, variant = method.partition("+")
             if base not in ("sgd", "sam"):
                 raise ValueError(f"methods: {method!r} must begin with sgd or sam")
-            if plus and variant not in VARIANTS | self.variants:
-                raise ValueError(f"methods: no variant {variant!r} in {method!r}; known: {known}")
+            if plus and variant not in known:
+                raise ValueError(
+                    f"methods: no variant {variant!r} in {method!r}; known: {', '.join(known)}"
+                )
         for name in ("seeds", "datasets", "backbones", "augmentations", "methods"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -313,7 +334,7 @@ def explain(error: ValidationError) -> str:
 def _allowed_keys(location: tuple[int | str, ...]) -> list[str]:
     """The keys of the table in which an unknown key was found."""
     tables = {name: field.annotation for name, field in CellSettings.model_fields.items()}
-    tables |= {"override": Override, "where": Where}
+    tables |= {"override": Override, "where": Where, "continued": Continued}
     named = [part for part in location[:-1] if part in tables]
     owner: Any = tables[named[-1]] if named else Profile
     names = getattr(owner, "model_fields", None) or owner.__dataclass_fields__

@@ -130,6 +130,23 @@ def test_no_second_stage_without_epochs_for_it(tmp_path):
     assert plan.arms[0].runs == {0: plan.runs[0].identity}
 
 
+def test_a_base_method_continues_on_terms_of_its_own_from_the_shared_first_stage(tmp_path):
+    terms = {"slow": {"learning_rate": 0.01}, "long": {"epochs": 4}, "same": {}}
+    methods = ["sam", *(f"sam+{name}" for name in terms)]
+    plan = make_plan(tmp_path, {"methods": methods, "continued": terms})
+    runs = plan.by_identity()
+    usual, slow, long, same = (runs[arm.runs[0]] for arm in plan.arms)
+    assert same == usual  # one training, two rows
+    assert {r.parent for r in (usual, slow, long)} == {plan.runs[0].identity}
+    assert {r.settings.algorithm for r in plan.runs} == {"sam"}
+    assert slow.settings.optimizer.learning_rate == 0.01
+    assert slow.settings.schedule.kind == "constant"
+    assert slow.settings.last_epoch == usual.settings.last_epoch == 3
+    assert (long.settings.first_epoch, long.settings.last_epoch) == (2, 6)
+    assert long.settings.optimizer == usual.settings.optimizer
+    assert long.settings.schedule == usual.settings.schedule
+
+
 def test_a_data_set_that_cannot_be_had_leaves_its_rows_empty(tmp_path):
     plan = make_plan(tmp_path, {"datasets": ["svhn", "digits"]}, unavailable={"svhn": "no network"})
     assert {run.settings.dataset for run in plan.runs} == {"digits"}

@@ -56,6 +56,9 @@ def refusal(tmp_path, changes):
         ({"variants": {"x": {"gamma": -1.0}}}, ["variants.x", "gamma must not be negative"]),
         ({"variants": {"a/b": {"gamma": 1.0}}}, ["variants.a/b", "[a-z0-9_-]"]),
         ({"variants": {"pof": {"gamma": 1.0}}}, ["variants", "'pof'"]),
+        ({"variants": {"x": {}}, "continued": {"x": {}}}, ["continued", "'x'"]),
+        ({"continued": {"x": {"gamma": 1.0}}}, ["continued.x.gamma", "learning_rate, epochs"]),
+        ({"continued": {"x": {"epochs": 0}}}, ["continued.x.epochs", "greater than 0"]),
         ({"override": [{"where": {}, "sam": {"rho": 0.1}}]}, ["override.0.where", "names no"]),
         (
             {"override": [{"where": {"dataset": "svhn"}, "sam": {"rho": 0.1}}]},

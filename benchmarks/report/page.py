@@ -172,6 +172,9 @@ def _overrides(profile: Profile) -> list[str]:
     for name, differing in profile.variants.items():
         differs = ", ".join(f"{key} = {value}" for key, value in differing.items())
         lines.append(f"+{name} is +pof with {differs}")
+    for name, terms in profile.continued.items():
+        own = ", ".join(f"{k} = {v}" for k, v in terms.model_dump(exclude_none=True).items())
+        lines.append(f"+{name} is the base method continued with {own or 'nothing changed'}")
     return lines
 
 
