@@ -24,7 +24,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table hessian report plan calibrate status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
+.PHONY: help setup reproduce-table hessian report plan calibrate campaign status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
 
 help:  ## List the targets and the variables they take
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
@@ -74,6 +74,11 @@ calibrate: $(READY)  ## Measure what the steps of PROFILE cost on this device
 
 status: $(READY)  ## Show where the runs of PROFILE stand
 	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR) $(if $(WATCH),--watch)
+
+campaign: $(READY)  ## Train and measure PROFILES (gpu-…) for MINUTES (9.5), resumably: a machine on loan
+	@$(PY) -m benchmarks campaign $(PROFILES) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(PACK),--pack $(PACK)) --jobs $(JOBS) --device $(DEVICE) \
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
 
 doctor: $(READY)  ## Check data sets, packages, device, disk and write access
 	@$(PY) -m benchmarks doctor --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)

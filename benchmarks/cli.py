@@ -506,6 +506,44 @@ def calibrate(
 
 
 @app.command()
+def campaign(
+    profiles: Annotated[
+        list[str] | None, typer.Argument(help="Profiles, in this order. [default: gpu-…]")
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=1.0, help="Stop, resumably, before so many minutes are over.")
+    ] = 9.5,
+    pack: Annotated[
+        Path | None, typer.Option(help="Then pack the runs into this tar, to go on elsewhere.")
+    ] = None,
+    pack_megabytes: Annotated[float, typer.Option(min=0.0, help="Most that it may hold.")] = 60.0,
+    jobs: Annotated[
+        int, typer.Option(min=0, help="Worker processes; 0: one a core, or one on a GPU.")
+    ] = 0,
+    data_dir: DataDir = _DATA,
+    runs_dir: RunsDir = _RUNS,
+    results_dir: ResultsDir = _RESULTS,
+    device: Device = "auto",
+) -> None:
+    """Train and measure a list of profiles in pieces of limited time, on a machine on loan."""
+    from benchmarks import campaign as campaigning
+
+    names = profiles or list(campaigning.GPU)
+    places = campaigning.Places(data_dir, runs_dir, results_dir)
+    options = ["--jobs", str(jobs), "--device", device]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop = time.monotonic() + 60.0 * minutes - campaigning.CLOSING_SECONDS
+    complete = campaigning.carry_on(
+        names, places, out_of_time=lambda: time.monotonic() > stop, options=options, tell=_print
+    )
+    if pack is not None:
+        for name in campaigning.pack(names, places, pack, megabytes=pack_megabytes):
+            _print(f"no room in {pack} for {name}")
+    if not complete:
+        sys.exit(1)
+
+
+@app.command()
 def doctor(data_dir: DataDir = _DATA, runs_dir: RunsDir = _RUNS) -> None:
     """Check data sets, packages, device, disk and write access."""
     from benchmarks.doctor import examine
@@ -559,4 +597,6 @@ def _results(results_dir: Path, profile: str) -> Path:
 
 
 def _plan_file(runs_dir: Path, name: str) -> Path:
-    return runs_dir / "plans" / f"{name}.json"
+    from benchmarks import plan as planning
+
+    return planning.file_of(runs_dir, name)

@@ -1,0 +1,100 @@
+"""A list of profiles in pieces of limited time: interrupted, packed, unpacked, gone on with."""
+
+import tarfile
+
+import pytest
+
+from benchmarks import campaign
+from benchmarks import plan as planning
+from benchmarks.campaign import Places
+from benchmarks.errors import UserError
+from benchmarks.settings import profile_name
+from benchmarks.store import State, Store
+from tests.harness import finish, make_plan, profile_file, record
+
+ONE = {"methods": ["sgd"], "training": {"epochs": 1, "post_epochs": 0}}
+LONG = {"methods": ["sgd"], "training": {"epochs": 40, "post_epochs": 1}}
+OPTIONS = ["--jobs", "1", "--device", "cpu"]
+
+
+def places(folder):
+    return Places(folder / "data", folder / "runs", folder / "results")
+
+
+def plan_of(where, profile):
+    return planning.read(planning.file_of(where.runs_dir, profile_name(profile)))
+
+
+def states(where, profile):
+    return list(Store(where.runs_dir).states(plan_of(where, profile)).values())
+
+
+def test_it_stops_when_time_is_up_and_goes_on_elsewhere_to_the_same_bits(tmp_path):
+    short = str(profile_file(tmp_path, ONE))
+    long = str(profile_file(tmp_path, LONG, name="long"))
+    here, there = places(tmp_path / "here"), places(tmp_path / "there")
+    said = []
+
+    def out_of_time():
+        return any(here.runs_dir.glob("digits-*-0-40-*/progress.json"))
+
+    assert not campaign.carry_on(
+        [short, long], here, out_of_time=out_of_time, options=OPTIONS, tell=said.append
+    )
+    assert said == [f"time is up in {long}: the same command goes on from here"]
+    assert set(states(here, short)) == {State.DONE}
+    assert states(here, long) == [State.INTERRUPTED, State.PENDING]
+    assert (here.results_dir / "tiny" / "hessian.csv").exists()  # trained and measured
+    assert (here.results_dir / "long" / "README.md").exists()  # published so far
+
+    archive = tmp_path / "runs.tar"
+    assert campaign.pack([short, long], here, archive, megabytes=60.0) == []
+    there.runs_dir.mkdir(parents=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(there.runs_dir, filter="data")
+    for profile in (short, long):
+        assert states(there, profile) == states(here, profile)
+
+    assert campaign.carry_on(
+        [short, long], there, out_of_time=lambda: False, options=OPTIONS, tell=said.append
+    )
+    assert set(states(there, long)) == {State.DONE}
+    (trained,), (went_on, _) = plan_of(there, short).runs, plan_of(there, long).runs
+    store = Store(there.runs_dir)
+    assert record(store, trained) == record(Store(here.runs_dir), trained)
+    assert store.folder(trained).result()["starts"] == 1  # carried over, not trained again
+    assert store.folder(went_on).result()["starts"] == 2
+
+
+def test_what_unfinished_runs_need_is_packed_first(tmp_path):
+    where = places(tmp_path)
+    profile = str(profile_file(tmp_path))
+    plan, store = make_plan(tmp_path), Store(where.runs_dir)
+    plan.write(planning.file_of(where.runs_dir, "tiny"))
+    sgd, sgd_on, sam, sam_on, pof = plan.runs
+    for run in (sgd, sgd_on, sam, sam_on):
+        finish(store, run, 1.0)
+        (store.folder(run).path / "filling").write_bytes(bytes(400_000))
+    archive = tmp_path / "runs.tar"
+    left_out = campaign.pack([profile], where, archive, megabytes=0.5)
+    assert sorted(left_out) == sorted(run.name for run in (sgd, sgd_on, sam_on))
+    with tarfile.open(archive) as tar:
+        names = tar.getnames()
+    assert f"{sam.name}/result.json" in names  # PoF is pending and starts from it
+    assert "plans/tiny.json" in names
+    assert not [name for name in names if name.startswith(pof.name)]
+    assert (
+        archive.stat().st_size
+        < 0.5e6 + 10_240 + planning.file_of(where.runs_dir, "tiny").stat().st_size
+    )
+
+
+def test_a_wrong_profile_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(UserError, match="no profile 'gpu-fashon'"):
+        campaign.carry_on(
+            ["smoke", "gpu-fashon"],
+            places(tmp_path),
+            out_of_time=lambda: pytest.fail("it began"),
+            tell=print,
+        )
+    assert not list(tmp_path.iterdir())
