@@ -90,7 +90,7 @@ def finish(store: Store, run: Run, test_error: float, **more) -> None:
     folder = store.folder(run)
     folder.create(run)
     folder.add_environment(ENVIRONMENT, epoch=0, step=0)
-    epoch = {"epoch": run.settings.last_epoch, "test_error": test_error}
+    epoch = {"epoch": run.settings.last_epoch, "test_error": test_error, "learning_rate": 0.1}
     folder.append_metrics(epoch)
     folder.write_result(
         {

@@ -66,8 +66,21 @@ class Sweep:
         """The run whose last epoch counts."""
         return self.plan.by_identity()[self.arm(method, **cell).runs[seed]]
 
-    def finish(self, run: Run, error: float, *, epochs: dict | None = None, where=None, **more):
-        """Make up one run: ``epochs`` gives test errors after some epochs, else all are alike."""
+    def finish(
+        self,
+        run: Run,
+        error: float,
+        *,
+        epochs: dict | None = None,
+        records: dict | None = None,
+        where=None,
+        **more,
+    ):
+        """Make up one run.
+
+        ``epochs`` gives test errors after some epochs, ``records`` whatever else is particular
+        to an epoch; ``more`` belongs to the result.
+        """
         folder = self.store.folder(run)
         folder.create(run)
         folder.add_environment(where or environment(), epoch=run.settings.first_epoch, step=0)
@@ -87,6 +100,7 @@ class Sweep:
             if run.settings.pof is not None:
                 record |= {"xi_median": 0.5, "cosine": 0.3, "feature_norm": 6.0}
                 record |= {"capped_share": 0.0, "expansion": 1.0, "gradient_norm": 0.1}
+            record |= (records or {}).get(epoch, {})
             lines.append(canonical_json(record) + "\n")
         (folder.path / "metrics.jsonl").write_text("".join(lines))
         result = {

@@ -25,7 +25,17 @@ def write_report(folder: Path, *, split_by: Sequence[str] = ()) -> str:
         UserError: A record is missing, edited or of another version, or runs that differ in what
             can move the numbers would be averaged.
     """
-    from benchmarks.report import curves, effects, errors, hessian, html, landscape, page, verdicts
+    from benchmarks.report import (
+        curves,
+        effects,
+        errors,
+        hessian,
+        html,
+        landscape,
+        page,
+        regime,
+        verdicts,
+    )
     from benchmarks.report.claims_table import claims_frame
     from benchmarks.report.pictures import FOLDER, csv, write_if_changed
 
@@ -43,6 +53,7 @@ def write_report(folder: Path, *, split_by: Sequence[str] = ()) -> str:
     frames = {
         "errors.csv": errors.errors_frame(evidence),
         "differences.csv": errors.differences_frame(evidence),
+        "post-training.csv": regime.frame(evidence),
         "hessian.csv": hessian.hessian_frame(evidence),
         "range.csv": landscape.range_frame(evidence),
         "claims.csv": claims_frame(found),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.report import page, tables, verdicts
+from benchmarks.report import page, regime, tables, verdicts
 from benchmarks.report.guards import weigh
 from benchmarks.report.pictures import csv, write_if_changed
 from benchmarks.report.provenance import run_records
@@ -56,6 +56,7 @@ def export(folder: Path, target: Path, *, split_by: Sequence[str] = ()) -> list[
     made = [
         tables.error_table(evidence),
         tables.difference_table(evidence),
+        regime.table(evidence),
         tables.hessian_table(evidence),
         tables.verdict_table(verdicts.findings(evidence)),
         tables.cost_table(evidence),

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.reference import Claim
-from benchmarks.report import page, tables
+from benchmarks.report import page, regime, tables
 from benchmarks.report.guards import Evidence
 from benchmarks.report.pictures import FOLDER, Picture
 from benchmarks.report.results import Results
@@ -48,6 +48,8 @@ def report(
         errors=tables.error_table(evidence),
         differences=tables.difference_table(evidence),
         reading=page.reading(evidence),
+        regime=regime.table(evidence),
+        regime_reading=regime.READING,
         hessian=tables.hessian_table(evidence),
         pictures=[_picture(picture, folder) for picture in pictures],
         cost=tables.cost_table(evidence),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from benchmarks.report import tables
+from benchmarks.report import regime, tables
 from benchmarks.report.guards import Evidence
 from benchmarks.report.pictures import FOLDER, Picture
 from benchmarks.report.tables import Table
@@ -21,6 +21,7 @@ def page(evidence: Evidence, found: Sequence[Finding], pictures: Sequence[Pictur
         "Everything on one page, to download and browse: [report.html](report.html).",
         _verdicts(found),
         _errors(evidence),
+        _regime(evidence),
         f"## Curvature\n\n{markdown(hessian)}" if hessian.rows else "",
         *(_picture(picture) for picture in pictures),
         _section("Missing", missing(evidence)),
@@ -200,6 +201,14 @@ def _errors(evidence: Evidence) -> str:
         "every run's record in [runs/](runs/).",
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _regime(evidence: Evidence) -> str:
+    table = regime.table(evidence)
+    if not table.rows:
+        return ""
+    more = "All of it: [post-training.csv](post-training.csv)."
+    return f"## What post-training did\n\n{markdown(table)}\n\n{regime.READING} {more}"
 
 
 def _picture(picture: Picture) -> str:
