@@ -20,7 +20,7 @@ from benchmarks.report.tables import Table, key
 from benchmarks.report.words import method_title, number, plus_minus
 
 READING = (
-    "The published protocol has rate × steps = 1.6 (9,800 steps at 1.6e-4). λ₁ ratio: the largest "
+    "The paper's protocol has rate × steps = 1.6 (9,800 steps at 1.6e-4). λ₁ ratio: the largest "
     "Hessian eigenvalue of the classifier over the base method's, geometric mean. ξ* (median over "
     "the batches not capped) and cos(ĝ, mean of gradients) are of the stage's first and last "
     "epoch: growing together they are a runaway."
