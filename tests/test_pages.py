@@ -202,6 +202,12 @@ def test_the_index_lists_every_profile_and_outlives_a_broken_one(reported, tmp_p
         assert (tmp_path / target).is_file()
     with pytest.raises(UserError, match="schema version 0"):
         write_report(tmp_path / "broken")
+    (tmp_path / "findings.md").write_text("## What was found\n\nλ₁ falls.\n")
+    write_index(tmp_path)
+    assert (
+        "\n\n## What was found\n\nλ₁ falls.\n\n## The claims"
+        in (tmp_path / "README.md").read_text()
+    )
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

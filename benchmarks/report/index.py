@@ -13,12 +13,14 @@ from benchmarks.report.tables import Table
 from benchmarks.report.verdicts import Finding, Verdict
 from benchmarks.store import State
 
+# What people found out from the results, in their own words: the one file here that is not made.
+FINDINGS = "findings.md"
 # The paper's own setting first, then the rest by name.
 _FIRST = "paper"
 
 
 def write_index(results_dir: Path) -> None:
-    """Rebuild the index from the records of every profile.
+    """Rebuild the index from the records of every profile and the written findings.
 
     A profile whose records cannot be read has a line that says so.
     """
@@ -40,11 +42,13 @@ def write_index(results_dir: Path) -> None:
     header = ("profile", "runs done", *(str(verdict) for verdict in Verdict))
     table = Table("profiles", "", header, tuple(rows))
     statements = "\n".join(f"- **{c.id}**: {c.statement} ({c.source})" for c in claims())
+    findings = results_dir / FINDINGS
     parts = [
         "# Results",
         "What was run, and what it says of the published claims. Every page here is rebuilt from "
         "the records in its `runs/` by `make report`.",
         page.markdown(table),
+        *([findings.read_text(encoding="utf-8").strip()] if findings.is_file() else []),
         f"## The claims\n\n{statements}",
         page.verdict_reading(),
         *sections,
