@@ -205,6 +205,18 @@ def test_a_run_that_somebody_is_at_is_waited_for(desk, monkeypatch):
     assert desk.state(desk.parent) is State.DONE
 
 
+def test_slurm_s_warning_to_every_process_kills_no_worker(desk):
+    desk.orders({desk.parent.label: ["wait"]})
+    job = desk.start(desk.parent)
+    wait_until(lambda: desk.state(desk.parent) is State.RUNNING)
+    (worker,) = (desk.store.root / "workers").iterdir()
+    lines = Path(f"/proc/{worker.name}/status").read_text().splitlines()
+    ignored = int(next(line for line in lines if line.startswith("SigIgn:")).split()[1], 16)
+    os.kill(job, signal.SIGUSR2)
+    assert exit_status(job) == 1
+    assert all(ignored >> (number - 1) & 1 for number in (signal.SIGUSR1, signal.SIGUSR2))
+
+
 def test_near_its_time_limit_a_job_requeues_itself(desk):
     assert desk.interrupt(desk.parent, signal.SIGUSR2, minutes=1) == 1
     assert desk.requeued()

@@ -177,7 +177,8 @@ class _Task:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # signals reach this process alone, which passes them on
+                start_new_session=True,
+                preexec_fn=_ignore_warnings,
             )
         assert seat.process.stdin is not None
         assert seat.process.stdout is not None
@@ -311,6 +312,15 @@ def release(folder: RunFolder) -> None:
     """Give the room back."""
     with suppress(OSError):
         (folder.path / _RESERVE).unlink(missing_ok=True)
+
+
+def _ignore_warnings() -> None:
+    """Leave Slurm's word that the end is near to the task, which passes it on as SIGTERM.
+
+    Slurm signals every process of a job, in whatever session, and a worker would die of it.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _is_final(seat: _Seat) -> bool:
