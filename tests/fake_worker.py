@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from benchmarks import plan as planning
@@ -51,6 +52,9 @@ def main(arguments: list[str]) -> None:
                     ending, reason = "FAILED", "a reason"
                 elif order == "wait":
                     signal.pause()
+                elif order.startswith("last "):  # so many seconds
+                    time.sleep(float(order.split()[1]))
+                    finish(store, run, 5.0)
                 elif order == "hold":  # until a second worker is there
                     wait_until(lambda: len(list(workers.iterdir())) > 1)
                     finish(store, run, 5.0)

@@ -1,16 +1,23 @@
 """The tests on a real Slurm. ``make test-slurm`` starts it and names its folder; without, none."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from benchmarks import plan as planning
 from benchmarks.executors.slurm.attempts import Attempts, causes
+from benchmarks.executors.slurm.cluster import load_cluster
+from benchmarks.executors.slurm.launcher import Launcher, Options
+from benchmarks.executors.slurm.scheduler import Slurm
+from benchmarks.plan import Plan
 from benchmarks.run import Run
 from benchmarks.store import RunFolder, Store
 from slurm.loopback import Cluster
@@ -60,19 +67,22 @@ class Lab:
 
     def _count_calls(self) -> None:
         """Put Slurm's commands behind scripts that note each call."""
-        wrappers = self.folder / "bin"
-        wrappers.mkdir()
+        (self.folder / "bin").mkdir()
         for name in COUNTED:
-            real = shutil.which(name)
-            path = wrappers / name
-            path.write_text(f'#!/bin/sh\necho {name} >> "{self.folder}/calls"\nexec {real} "$@"\n')
-            path.chmod(0o755)
-        self.environment["PATH"] = f"{wrappers}:{self.environment['PATH']}"
+            self._wrap(name, f'exec {shutil.which(name)} "$@"')
+        self.environment["PATH"] = f"{self.folder}/bin:{self.environment['PATH']}"
+
+    def _wrap(self, name: str, line: str) -> None:
+        path = self.folder / "bin" / name
+        path.write_text(f'#!/bin/sh\necho {name} >> "{self.folder}/calls"\n{line}\n')
+        path.chmod(0o755)
 
     def break_command(self, name: str) -> None:
-        (self.folder / "bin" / name).write_text(
-            f'#!/bin/sh\necho {name} >> "{self.folder}/calls"\necho broken >&2\nexit 1\n'
-        )
+        self._wrap(name, "echo broken >&2; exit 1")
+
+    def forget_ended_jobs(self) -> None:
+        """Let squeue know of jobs that have not ended only, as it does after some minutes."""
+        self._wrap("squeue", f'exec {shutil.which("squeue")} "$@" --states=PD,R,CG,S,CF,RQ,RH,SE')
 
     def calls(self) -> Counter:
         path = self.folder / "calls"
@@ -97,7 +107,7 @@ class Lab:
     def start(self, command: str, *arguments: object) -> Launched:
         """Start ``python -m benchmarks COMMAND`` for the test's profile and folders."""
         folders = ["--runs-dir", self.runs_dir]
-        if command in ("reproduce-table", "resubmit"):
+        if command in ("reproduce-table", "resubmit", "hessian"):
             folders += ["--results-dir", self.results]
         options = ["--profile", self.folder / "tiny.toml", *folders, *arguments]
         log = self.folder / f"said-{len(self.launched)}"
@@ -159,7 +169,28 @@ class Lab:
     def table(self) -> bytes:
         return (self.results / "tiny" / "errors.csv").read_bytes()
 
-    def under_way(self, run: Run) -> int | None:
+    # Its troubles
+
+    def hold(self, *runs: Run) -> list[int]:
+        """Stop the processes that train runs, each in the middle of its run; returns their ids.
+
+        What is held cannot end before its trouble has come, however fast the machine is.
+        """
+        held: dict[str, int] = {}
+
+        def all_held() -> bool:
+            for run in runs:
+                pid = None if run.identity in held else self._under_way(run)
+                if pid is not None:
+                    os.kill(pid, signal.SIGSTOP)
+                    held[run.identity] = pid
+            return len(held) == len(runs)
+
+        wait_until(all_held, PATIENCE)
+        assert all(self.folder_of(run).state() == "RUNNING" for run in runs)
+        return [held[run.identity] for run in runs]
+
+    def _under_way(self, run: Run) -> int | None:
         """The process that trains a run and has trained an epoch of it, not yet the last."""
         folder = self.folder_of(run)
         progress = folder.progress()
@@ -167,9 +198,35 @@ class Lab:
         fresh = first < progress.get("epoch", 0) < last - 1
         return progress["pid"] if fresh and folder.state() == "RUNNING" else None
 
-    def wait_under_way(self, run: Run) -> int:
-        wait_until(lambda: self.under_way(run), PATIENCE)
-        return self.folder_of(run).progress()["pid"]
+    def release_when_told(self, pid: int) -> None:
+        """Let a process that is held go on, once it has been told to stop.
+
+        Where Slurm cancels or preempts a job, it continues the job's processes itself.
+        """
+        wait_until(lambda: _told_or_continued(pid), PATIENCE)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+    def preempt(self, run: Run) -> None:
+        """Let somebody more important have the node on which a run is being trained."""
+        options = ["-p", "urgent", "-w", self.node_of(run), "--exclusive", "-t", "1"]
+        self.cluster.command("sbatch", *options, "-o", "/dev/null", "--wrap", "true")
+
+    def node_of(self, run: Run) -> str:
+        """The node that the run's job is on."""
+        return self.cluster.command("squeue", "-h", "-j", self.job_of(run), "-o", "%N")
+
+    def restarts_of(self, run: Run) -> int:
+        """How often Slurm has put the run's job back into the queue."""
+        return int(self._shown(run, "Restarts"))
+
+    def state_of_job(self, run: Run) -> str:
+        """Slurm's word for it."""
+        return self._shown(run, "JobState")
+
+    def _shown(self, run: Run, field: str) -> str:
+        job = self.cluster.command("scontrol", "show", "job", "--oneliner", self.job_of(run))
+        return dict(word.partition("=")[::2] for word in job.split())[field]
 
 
 @pytest.fixture(scope="session")
@@ -184,9 +241,31 @@ def lab(tmp_path, cluster):
     made.close()
 
 
+def made_up(lab: Lab, monkeypatch, plan: Plan, orders: dict, **changes) -> Launcher:
+    """A launcher of runs that train nothing and do what they are ordered to."""
+    for name, value in lab.environment.items():
+        monkeypatch.setenv(name, value)
+    (lab.folder / "orders").write_text(json.dumps(orders))
+    environment = {"FAKE_ORDERS": str(lab.folder / "orders"), "PYTHONPATH": str(ROOT)}
+    cluster = load_cluster(lab.cluster_file(environment=environment, **changes))
+    options = Options(lab.runs_dir, lab.folder, "cpu", cluster, ("-m", "tests.fake_worker", "work"))
+    return Launcher(plan, options, Slurm(cluster, lab.runs_dir / "slurm" / "jobs"))
+
+
 def parent_of(pid: int) -> int:
     """The process that started another."""
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def _told_or_continued(pid: int) -> bool:
+    """Whether SIGTERM waits for a process, or it is stopped no more."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except FileNotFoundError:
+        return True
+    fields = dict(line.split(":\t", 1) for line in lines)
+    told = int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
+    return bool(told) or not fields["State"].startswith("T")
 
 
 def results_of(lab: Lab) -> dict:

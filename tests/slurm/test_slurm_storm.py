@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable
 
 import pytest
 
@@ -11,33 +10,14 @@ from benchmarks.executors.slurm.submissions import Submissions
 from tests.harness import wait_until
 from tests.slurm.conftest import PATIENCE, Lab, parent_of, results_of
 
+EPOCHS = 12  # of each stage
 SETTINGS = {
     "seeds": [0, 1, 2],
     "methods": ["sam", "sam+pof"],
     "data": {"train_size": 200},
-    "training": {"epochs": 8, "post_epochs": 8, "batch_size": 20},
-    "schedule": {"milestones": [6]},
+    "training": {"epochs": EPOCHS, "post_epochs": EPOCHS, "batch_size": 20},
+    "schedule": {"milestones": [9]},
 }
-
-
-def preempt(lab: Lab, run) -> None:
-    """Let somebody more important have the node on which a run is being trained."""
-    node = lab.cluster.command("squeue", "-h", "-j", lab.job_of(run), "-o", "%N")
-    options = ["-p", "urgent", "-w", node, "--exclusive", "-t", "1", "-o", "/dev/null"]
-    lab.cluster.command("sbatch", *options, "--wrap", "true")
-
-
-def when_under_way(lab: Lab, acts: dict[tuple[str, int, int], Callable[[int], object]]) -> None:
-    """Do something to each run once, in the middle of its training."""
-    waiting = dict(acts)
-
-    def act() -> bool:
-        for key in list(waiting):
-            if pid := lab.under_way(lab.run(*key)):
-                waiting.pop(key)(pid)
-        return not waiting
-
-    wait_until(act, PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -63,30 +43,32 @@ def storm(tmp_path_factory, cluster):
     lab.seen = {"sbatch at first": lab.calls()["sbatch"]}
     launcher = lab.reproduce()
 
-    sam, pof = lab.run("sam", 0, 0), lab.run("sam+pof", 8, 0)
-    when_under_way(
-        lab,
-        {
-            ("sam", 0, 0): lambda _: preempt(lab, sam),
-            ("sam", 0, 1): lambda worker: os.kill(worker, signal.SIGKILL),
-            ("sam", 0, 2): lambda worker: os.kill(parent_of(worker), signal.SIGKILL),
-        },
-    )
+    # In the middle of SAM: a worker dies, a whole task dies, and a job is preempted.
+    sam = [lab.run("sam", 0, seed) for seed in SETTINGS["seeds"]]
+    held = lab.hold(*sam)
+    os.kill(held[1], signal.SIGKILL)
+    os.kill(parent_of(held[2]), signal.SIGKILL)
+    os.kill(held[2], signal.SIGCONT)
+    wait_until(lambda: "crashed" in lab.causes(sam[1]), PATIENCE)
+    wait_until(lambda: lab.state_of_job(sam[2]) == "FAILED", PATIENCE)
+    lab.preempt(sam[0])
+    lab.release_when_told(held[0])
+
     # The controller goes away and comes back.
-    wait_until(lambda: "preempted" in lab.causes(sam), PATIENCE)
+    wait_until(lambda: lab.restarts_of(sam[0]) == 1, PATIENCE)
     lab.cluster.stop("slurmctld")
     launcher.wait_for("controller does not answer")
     lab.seen["status"] = lab.finish("status")
     lab.cluster.start("slurmctld")
 
-    cancelled = lab.run("sam+pof", 8, 1)
-    when_under_way(
-        lab,
-        {
-            ("sam+pof", 8, 0): lambda _: preempt(lab, pof),
-            ("sam+pof", 8, 1): lambda _: lab.cluster.command("scancel", lab.job_of(cancelled)),
-        },
-    )
+    # In the middle of PoF: a job is preempted, another one cancelled.
+    pof = [lab.run("sam+pof", EPOCHS, seed) for seed in (0, 1)]
+    held = lab.hold(*pof)
+    lab.cluster.command("scancel", lab.job_of(pof[1]))
+    lab.release_when_told(held[1])
+    lab.preempt(pof[0])
+    lab.release_when_told(held[0])
+
     lab.seen["exit status"] = launcher.wait()
     lab.seen["said"] = launcher.said
     lab.seen["again"] = lab.reproduce()
@@ -109,16 +91,16 @@ def test_no_epoch_is_on_record_twice(storm):
 
 def test_causes_are_told_apart(storm):
     assert "preempted" in storm.causes(storm.run("sam", 0, 0))
-    assert "preempted" in storm.causes(storm.run("sam+pof", 8, 0))
+    assert "preempted" in storm.causes(storm.run("sam+pof", EPOCHS, 0))
     assert "crashed" in storm.causes(storm.run("sam", 0, 1))
     assert "crashed" in storm.causes(storm.run("sam", 0, 2))
-    assert "cancelled" in storm.causes(storm.run("sam+pof", 8, 1))
+    assert "cancelled" in storm.causes(storm.run("sam+pof", EPOCHS, 1))
     for run in storm.plan().runs:
         assert storm.causes(run)[-1] == "done"
 
 
 def test_a_preempted_run_continues_where_it_was(storm):
-    for method, first in (("sam", 0), ("sam+pof", 8)):
+    for method, first in (("sam", 0), ("sam+pof", EPOCHS)):
         run = storm.run(method, first, 0)
         assert storm.folder_of(run).result()["starts"] >= 2
 
