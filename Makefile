@@ -60,13 +60,15 @@ cancel: $(READY)  ## Cancel the Slurm jobs of PROFILE and nothing else
 
 hessian: $(READY)  ## Measure the landscape around the networks of PROFILE; train what is missing
 	@$(PY) -m benchmarks hessian --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
-	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
+	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR) \
+	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER))
 
 report: $(READY)  ## Rebuild tables, plots and pages of PROFILE from the records of its runs
 	@$(PY) -m benchmarks report --profile $(PROFILE) --results-dir $(RESULTS_DIR)
 
 plan: $(READY)  ## Say what PROFILE costs before it is launched: time, disk, when it is finished
-	@$(PY) -m benchmarks plan --profile $(PROFILE) --runs-dir $(RUNS_DIR)
+	@$(PY) -m benchmarks plan --profile $(PROFILE) --runs-dir $(RUNS_DIR) \
+	  $(if $(CLUSTER),--cluster $(CLUSTER))
 
 calibrate: $(READY)  ## Measure what the steps of PROFILE cost on this device
 	@$(PY) -m benchmarks calibrate --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \

@@ -126,14 +126,14 @@ def reproduce_table(
     unfinished = [r for r in plan.runs if store.folder(r).state() in local.STARTABLE]
     workers = jobs or local.default_jobs(options.device, len(unfinished))
     worker = cost.WorkerKind(local.threads_each(workers), workers)
-    launch = None
+    calibrations = cost.read_calibrations(runs_dir)
     if on_slurm is None:
-        launch = forecast.before_launch(
-            plan, runs_dir, device_name(computes), worker, max_hours=max_gpu_hours
-        )
-    elif max_gpu_hours is not None:
-        source = forecast.choose(cost.read_calibrations(runs_dir), plan)
-        forecast.predict(plan, source, cost.Estimate()).refuse_above(max_gpu_hours, unfinished)
+        jobs_of, source = None, forecast.measured_here(calibrations, device_name(computes), worker)
+    else:
+        jobs_of = forecast.Jobs(on_slurm.options.cluster)
+        source = forecast.choose(calibrations, plan, on_slurm.options.cluster.runs_per_gpu)
+    launch = forecast.before_launch(plan, store, source, jobs=jobs_of, max_hours=max_gpu_hours)
+    launched = time.time()
     began = time.monotonic()
     try:
         with Display(console) as display:
@@ -159,7 +159,8 @@ def reproduce_table(
         tell(f"{len(failed)} runs had failed before and were not tried again (--retry-failed)")
     tell("")
     tell(tables)
-    if launch is not None and (compared := forecast.after_sweep(launch, store, wall)):
+    at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers
+    if launch is not None and (compared := forecast.after_sweep(launch, store, wall, at_once)):
         console.print(compared)
     if sweep.unfinished():
         sys.exit(1)
@@ -194,8 +195,9 @@ def cancel(profile: ProfileOption = "quick", runs_dir: RunsDir = _RUNS) -> None:
     from benchmarks.executors.slurm.commands import Watcher
     from benchmarks.settings import profile_name
 
-    file = _plan_file(runs_dir, profile_name(profile))
-    jobs = Watcher(planning.read(file), runs_dir).cancel() if file.exists() else []
+    name = profile_name(profile)
+    file = _plan_file(runs_dir, name)
+    jobs = Watcher(planning.read(file), runs_dir, name).cancel() if file.exists() else []
     print(f"cancelled {len(jobs)} jobs" + (f": {', '.join(jobs)}" if jobs else ""))
 
 
@@ -304,9 +306,12 @@ def hessian(
     cluster: ClusterFile = None,
 ) -> None:
     """Measure the landscape around every finished network; train first what is missing."""
+    from dataclasses import asdict
+
     from benchmarks import measure
     from benchmarks import plan as planning
     from benchmarks.display import measuring
+    from benchmarks.executors.slurm.commands import OnSlurm
     from benchmarks.files import exclusive
     from benchmarks.report import write_report
     from benchmarks.report.index import write_index
@@ -329,6 +334,10 @@ def hessian(
     except SystemExit:
         complete = False  # some run is not done: measure those that are
     console = Console()
+
+    def tell(line: str) -> None:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     name = profile_name(profile)
     planned = planning.read(_plan_file(runs_dir, name))
     request = measure.Request(
@@ -338,17 +347,24 @@ def hessian(
         top=top,
         samples=samples,
     )
-    measurer = measure.Measurer(Store(runs_dir), planned, data_dir, choose_device(device), request)
-    unconverged = []
-    for run in measuring(console, measurer.to_do()):
-        unconverged += measurer.measure(run)
+    computes = choose_device("cpu" if executor == "slurm" else device)
+    measurer = measure.Measurer(Store(runs_dir), planned, data_dir, computes, request)
+    missing = measurer.to_do()
+    amiss = []
+    if executor == "slurm" and missing:
+        tell(f"measuring {len(missing)} networks, in jobs")
+        on_slurm = OnSlurm(cluster, runs_dir, data_dir, device)
+        amiss = on_slurm.measure(planned, name, missing, asdict(request), tell)
+    else:
+        for run in measuring(console, missing):
+            amiss += measurer.measure(run)
     with exclusive(runs_dir / "plans" / f"{name}.lock"):
         Store(runs_dir).publish(planned, Store(results_dir / name / "runs"))
         tables = write_report(results_dir / name)
         write_index(results_dir)
-    for line in (*unconverged, "", tables):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    if unconverged or not complete:
+    for line in (*amiss, "", tables):
+        tell(line)
+    if amiss or not complete:
         sys.exit(1)
 
 
@@ -374,13 +390,16 @@ def status(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         return
     plan, store = planning.read(file), Store(runs_dir)
-    watcher = Watcher(plan, runs_dir)
+    watcher = Watcher(plan, runs_dir, name)
     while True:
         view, active = status_view(plan, store, watcher.notes())
+        measured, measuring = watcher.measurements()
         if watch and console.is_terminal:
             console.clear()
         console.print(view)
-        if not (watch and active):
+        for line in measured:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not (watch and (active or measuring)):
             return
         time.sleep(2.0)
 
@@ -390,16 +409,10 @@ def plan(
     profile: ProfileOption = "quick",
     workers: Annotated[str, typer.Option(help="Numbers of GPUs to finish on.")] = "1,4,16,64",
     cluster: Annotated[
-        Path | None, typer.Option(help="A cluster's TOML file: limits of its jobs.")
-    ] = None,
-    throttle: Annotated[
-        int | None, typer.Option(min=1, help="Most jobs of one array at once.")
-    ] = None,
-    time_limit: Annotated[
-        float | None, typer.Option(min=0.0, help="Hours a job may take; it continues in another.")
+        Path | None, typer.Option(help="A cluster's TOML file: what its jobs are allowed.")
     ] = None,
     job_seconds: Annotated[
-        float, typer.Option(min=0.0, help="Seconds from a job's turn to its start.")
+        float, typer.Option(min=0.0, help="On a cluster: from a job's turn to its start.")
     ] = 0.0,
     peak_tflops: Annotated[
         float | None,
@@ -427,28 +440,18 @@ def plan(
     chosen = load_profile(profile)
     name = profile_name(profile)
     expanded = forecast.expand_without_data(chosen, _plan_file(runs_dir, name))
-    source = forecast.choose(read_calibrations(runs_dir), expanded)
-    predicted = forecast.predict(expanded, source, Estimate(peak_tflops, utilisation))
-    actual = forecast.taken(expanded, Store(runs_dir))
-    limits = None
+    jobs = None
     if cluster is not None:
         from benchmarks.executors.slurm.cluster import load_cluster
 
-        asked = load_cluster(cluster).resources
-        limits = forecast.JobLimits(
-            asked.array_throttle, 60.0 * asked.minutes, asked.signal_seconds
-        )
-    if throttle is not None or time_limit is not None:
-        limits = limits or forecast.JobLimits()
-        limits = limits._replace(
-            throttle=throttle or limits.throttle,
-            time_limit=limits.time_limit if time_limit is None else 3600.0 * time_limit,
-        )
-    if limits is not None:
-        limits = limits._replace(start_seconds=job_seconds)
+        jobs = forecast.Jobs(load_cluster(cluster), job_seconds)
+    together = jobs.cluster.runs_per_gpu if jobs else None
+    source = forecast.choose(read_calibrations(runs_dir), expanded, together)
+    predicted = forecast.predict(expanded, source, Estimate(peak_tflops, utilisation))
+    actual = forecast.taken(expanded, Store(runs_dir))
     console = Console(highlight=False)
     console.print(f"profile {name}: {chosen.title}", markup=False)
-    console.print(forecast.plan_view(predicted, actual, counts, limits))
+    console.print(forecast.plan_view(predicted, actual, counts, jobs))
     if max_gpu_hours is not None:
         left = [run for run in expanded.runs if run.identity not in actual]
         predicted.refuse_above(max_gpu_hours, left)
@@ -584,6 +587,38 @@ def work(
         checkpoint_seconds=float(os.environ.get("POF_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS)),
     )
     serve(worker)
+
+
+@app.command(hidden=True)
+def measure(
+    runs_dir: RunsDir,
+    plan_file: Annotated[Path, typer.Option(help="The plan of the measurements.")],
+    trained_dir: Annotated[Path, typer.Option(help="Where the runs measured are.")],
+    trained_plan: Annotated[Path, typer.Option(help="Their plan.")],
+    request: Annotated[str, typer.Option(help="What to measure, in JSON.")],
+    data_dir: DataDir = _DATA,
+    device: Device = "auto",
+) -> None:
+    """Carry out measurements whose identities come in on standard input (used by jobs)."""
+    import json
+
+    from benchmarks import plan as planning
+    from benchmarks.executors.protocol import serve
+    from benchmarks.measure import Measurer, Request
+    from benchmarks.measure_worker import MeasuringWorker
+    from benchmarks.store import Store
+    from benchmarks.worker import choose_device, compute_deterministically
+
+    compute_deterministically()
+    wanted = json.loads(request)
+    measurer = Measurer(
+        Store(trained_dir),
+        planning.read(trained_plan),
+        data_dir,
+        choose_device(device),
+        Request(**wanted | {"splits": tuple(wanted["splits"])}),
+    )
+    serve(MeasuringWorker(Store(runs_dir), planning.read(plan_file), measurer))
 
 
 def _print(text: str) -> None:

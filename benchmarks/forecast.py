@@ -24,19 +24,21 @@ from benchmarks.cost import (
     Start,
     WorkerKind,
     priorities,
-    read_calibrations,
     run_cost,
     work,
 )
 from benchmarks.display import duration
 from benchmarks.errors import UserError
+from benchmarks.executors.slurm.arrays import arrange
+from benchmarks.executors.slurm.cluster import Cluster
 from benchmarks.plan import Arm, Plan
 from benchmarks.run import Run, RunSettings
 from benchmarks.settings import Profile
-from benchmarks.simulate import Machine, Schedule, Task, simulate
+from benchmarks.simulate import Limits, Machine, Schedule, Task, simulate
 from benchmarks.store import State, Store
 
 _DAY = 86_400.0
+_MAX_ARRAY_SIZE = 1001  # Slurm's, unless a cluster has another
 
 
 class Calibrated(NamedTuple):
@@ -46,27 +48,64 @@ class Calibrated(NamedTuple):
     worker: WorkerKind
 
 
-class JobLimits(NamedTuple):
-    """What a cluster allows its jobs.
+class Jobs(NamedTuple):
+    """How a sweep is carried out as jobs.
 
     Attributes:
-        throttle: Most jobs of one array at once; ``None``: no limit.
-        time_limit: Seconds a job may take; a run that needs longer continues in another.
-        margin: Seconds before that at which a job stops, to save its state.
+        cluster: What they ask for, and how many runs share one.
         start_seconds: From a job's turn to the start of its process.
+        requeue_seconds: From the end of a job whose time is up until it may start again; two
+            minutes is the lifetime of Slurm's credentials, which it waits for.
     """
 
-    throttle: int | None = None
-    time_limit: float | None = None
-    margin: float = 0.0
+    cluster: Cluster
     start_seconds: float = 0.0
+    requeue_seconds: float = 121.0
 
     def describe(self) -> str:
         """One line for people."""
-        parts = ["every run a job"]
-        parts += [f"at most {self.throttle} of an array at once"] if self.throttle else []
-        parts += [f"at most {span(self.time_limit)} each"] if self.time_limit else []
-        return ", ".join(parts)
+        together, asked = self.cluster.runs_per_gpu, self.cluster.resources
+        return (
+            f"{'every run' if together == 1 else f'{together} runs'} a job, at most "
+            f"{asked.array_throttle} of an array at once, {span(60.0 * asked.minutes)} each"
+        )
+
+    def tasks(self, forecast: "Forecast", runs: Iterable[Run]) -> list[Task]:
+        """The jobs of runs in the order in which they are submitted and start."""
+        cluster, known = self.cluster, forecast.plan.by_identity()
+        arrays = arrange(
+            forecast.plan,
+            {run.identity for run in runs},
+            cluster,
+            max_array_size=cluster.max_array_size or _MAX_ARRAY_SIZE,
+        )
+        names = {id(array): f"{i}" for i, array in enumerate(arrays)}
+        loading = forecast.start.loading
+        tasks: list[Task] = []
+        for array in arrays:
+            limits = Limits(
+                throttle=array.resources.array_throttle,
+                time_limit=60.0 * array.resources.minutes,
+                margin=array.resources.signal_seconds,
+                requeue=self.requeue_seconds,
+            )
+            for index, identities in enumerate(array.tasks):
+                together = [known[identity] for identity in identities]
+                datasets = {run.settings.dataset for run in together}
+                after = names.get(id(array.after))
+                tasks.append(
+                    Task(
+                        name=f"{names[id(array)]}_{index}",
+                        seconds=max((forecast.costs[i].occupied for i in identities), default=0.0),
+                        parent=after and f"{after}_{index}",
+                        priority=-len(tasks),
+                        array=names[id(array)],
+                        data=" ".join(sorted(datasets)),
+                        loading=max((loading.get(name, 0.0) for name in datasets), default=0.0),
+                        limits=limits,
+                    )
+                )
+        return tasks
 
 
 class Stage(NamedTuple):
@@ -134,49 +173,39 @@ class Forecast:
         label = " (estimate)" if self.estimated(runs) else ""
         return f"{hours(self.seconds(runs))} {self.unit}{label}"
 
-    def schedule(self, machine: Machine, runs: Iterable[Run] | None = None) -> Schedule:
-        """Simulate runs, all unless given; what is not among them counts as finished.
+    def schedule(
+        self, workers: int, runs: Sequence[Run] | None = None, jobs: Jobs | None = None
+    ) -> Schedule:
+        """Simulate runs on so many workers of the kind that was measured.
+
+        Args:
+            workers: At once.
+            runs: All unless given; what is not among them counts as finished.
+            jobs: How they are jobs; ``None``: the workers are processes that stay.
 
         Raises:
-            UserError: The time limit leaves no time to train.
+            UserError: A time limit leaves no time to train.
         """
-        # Jobs start in the order in which their arrays were submitted.
-        queued = {} if machine.stays else submission_order(self.plan)
-        tasks = [
+        runs = self.plan.runs if runs is None else runs
+        startup = self.start.process + (jobs.start_seconds if jobs else 0.0)
+        machine = Machine(workers, startup=startup, stays=jobs is None)
+        try:
+            return simulate(jobs.tasks(self, runs) if jobs else self._tasks(runs), machine)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _tasks(self, runs: Iterable[Run]) -> list[Task]:
+        return [
             Task(
                 name=run.identity,
                 seconds=self.costs[run.identity].occupied,
                 parent=run.parent,
-                priority=-queued[run.identity] if queued else self.priority[run.identity],
-                array=_array(run),
+                priority=self.priority[run.identity],
                 data=run.settings.dataset,
                 loading=self.start.loading.get(run.settings.dataset, 0.0),
             )
-            for run in (self.plan.runs if runs is None else runs)
+            for run in runs
         ]
-        try:
-            return simulate(tasks, machine)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-
-    def machine(self, workers: int, jobs: "JobLimits | None" = None) -> Machine:
-        """So many workers of the kind that was measured.
-
-        Args:
-            workers: At once.
-            jobs: Every run is a job, within these limits; ``None``: the workers are processes
-                that stay.
-        """
-        if jobs is None:
-            return Machine(workers, startup=self.start.process)
-        return Machine(
-            workers,
-            startup=self.start.process + jobs.start_seconds,
-            stays=False,
-            throttle=jobs.throttle,
-            time_limit=jobs.time_limit,
-            margin=jobs.margin,
-        )
 
     def refuse_above(self, limit: float, runs: Sequence[Run]) -> None:
         """Refuse runs that cost more than ``limit`` hours of a worker.
@@ -234,21 +263,32 @@ def _outline(settings: RunSettings, known: dict[str, Outline]) -> Outline:
     return known[key]
 
 
-def choose(calibrations: Sequence[Calibration], plan: Plan) -> Calibrated | None:
+def choose(
+    calibrations: Sequence[Calibration], plan: Plan, together: int | None = None
+) -> Calibrated | None:
     """The device and kind of worker of which most of a plan was measured; of equals the latest.
 
     Args:
         calibrations: The latest first.
         plan: What is to be run.
+        together: How many workers share a device, preferred among equals.
     """
-    best, most = None, 0
+    best, most = None, (0, False)
     cases = [run.settings for run in {_case(run): run for run in plan.runs}.values()]
     for calibration in calibrations:
         for worker in calibration.workers():
             count = sum(calibration.find(case, worker) is not None for case in cases)
-            if count > most:
-                best, most = Calibrated(calibration, worker), count
+            if count and (count, worker.jobs == together) > most:
+                best, most = Calibrated(calibration, worker), (count, worker.jobs == together)
     return best
+
+
+def measured_here(
+    calibrations: Sequence[Calibration], device: str, worker: WorkerKind
+) -> Calibrated | None:
+    """What was measured on this device with this kind of worker, if anything was."""
+    here = [c for c in calibrations if c.device == device]
+    return next((Calibrated(c, worker) for c in here if worker in c.workers()), None)
 
 
 def _case(run: Run) -> str:
@@ -285,31 +325,6 @@ def stages(plan: Plan) -> list[Stage]:
         key = (cell, run.method, s.first_epoch, s.last_epoch)
         found.setdefault(key, Stage(*key, [])).runs.append(run)
     return list(found.values())
-
-
-def _array(run: Run) -> str:
-    """The job array that a run is submitted in: one for each stage."""
-    return f"{run.method} {run.settings.first_epoch}–{run.settings.last_epoch}"
-
-
-def submission_order(plan: Plan) -> dict[str, int]:
-    """When each run is submitted to a cluster: a first stage's array, then those that need it."""
-    children: dict[str | None, list[Run]] = {}
-    for run in plan.runs:
-        children.setdefault(run.parent, []).append(run)
-    order: dict[str, int] = {}
-
-    def submit(runs: list[Run]) -> None:
-        arrays: dict[str, list[Run]] = {}
-        for run in runs:
-            arrays.setdefault(_array(run), []).append(run)
-        for array in arrays.values():
-            for run in array:
-                order[run.identity] = len(order)
-            submit([child for run in array for child in children.get(run.identity, [])])
-
-    submit(children.get(None, []))
-    return order
 
 
 def taken(plan: Plan, store: Store) -> dict[str, float]:
@@ -371,7 +386,7 @@ def plan_view(
     forecast: Forecast,
     actual: Mapping[str, float],
     workers: Sequence[int],
-    jobs: JobLimits | None = None,
+    jobs: Jobs | None = None,
 ) -> Group:
     """Everything about a plan before it is launched.
 
@@ -379,18 +394,20 @@ def plan_view(
         forecast: Of the plan.
         actual: Seconds that finished runs took, by identity.
         workers: Numbers of workers for which to say when it is finished.
-        jobs: What a cluster allows its jobs; ``None``: workers that stay.
+        jobs: How they are jobs on a cluster; ``None``: workers that stay.
     """
     plan = forecast.plan
     parts: list[RenderableType] = [stages_table(forecast, actual), Text()]
     parts += [Text(line) for line in _summary(forecast, actual, max(workers))]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("workers", justify="right")
+    table.add_column("workers" if jobs is None else "jobs at once", justify="right")
     table.add_column("finished after", justify="right")
     table.add_column("busy", justify="right")
     for count in workers:
-        makespan = forecast.schedule(forecast.machine(count, jobs)).makespan
-        busy = forecast.seconds(plan.runs) / (count * makespan) if makespan else 0.0
+        schedule = forecast.schedule(count, jobs=jobs)
+        makespan = schedule.makespan
+        occupied = sum(piece.end - piece.start for piece in schedule.pieces)
+        busy = occupied / (count * makespan) if makespan else 0.0
         table.add_row(f"{count}", span(makespan), f"{100 * busy:.0f}%")
     notes = ["schedule simulated"]
     notes += ["estimate"] if forecast.estimated(plan.runs) else []
@@ -490,30 +507,31 @@ class Launch(NamedTuple):
     Attributes:
         forecast: Of its plan.
         left: Runs that it will carry out.
-        makespan: Seconds from its start to its end, as simulated; ``None`` where some runs were
-            begun before.
+        fresh: Whether none of them was begun before, so that the whole sweep can be compared.
+        jobs: How they are jobs on a cluster; ``None``: workers that stay.
     """
 
     forecast: Forecast
     left: list[Run]
-    makespan: float | None
+    fresh: bool
+    jobs: Jobs | None = None
 
 
 def before_launch(
     plan: Plan,
-    runs_dir: Path,
-    device: str,
-    worker: WorkerKind,
+    store: Store,
+    source: Calibrated | None,
     *,
+    jobs: Jobs | None = None,
     max_hours: float | None = None,
 ) -> Launch | None:
-    """Predict what a sweep is about to cost on this machine.
+    """Predict what a sweep is about to cost.
 
     Args:
         plan: What is to be run.
-        runs_dir: Where its runs and the calibrations are.
-        device: Name of what computes.
-        worker: What a worker has, and how many there are.
+        store: Where its runs are.
+        source: What was measured.
+        jobs: How they are jobs on a cluster; ``None``: workers that stay.
         max_hours: Refuse above so many worker-hours.
 
     Returns:
@@ -522,28 +540,25 @@ def before_launch(
     Raises:
         UserError: The sweep costs more than ``max_hours``.
     """
-    here = [c for c in read_calibrations(runs_dir) if c.device == device]
-    source = next((Calibrated(c, worker) for c in here if worker in c.workers()), None)
     if source is None and max_hours is None:
         return None
-    store = Store(runs_dir)
     states = {run.identity: store.folder(run).state() for run in plan.runs}
     left = [r for r in plan.runs if states[r.identity] not in (State.DONE, State.FAILED)]
     forecast = predict(plan, source, Estimate())
     if max_hours is not None:
         forecast.refuse_above(max_hours, left)
     fresh = all(states[run.identity] is State.PENDING for run in left)
-    makespan = forecast.schedule(forecast.machine(worker.jobs), left).makespan if fresh else None
-    return Launch(forecast, left, makespan)
+    return Launch(forecast, left, fresh, jobs)
 
 
-def after_sweep(launch: Launch, store: Store, wall: float) -> Group | None:
+def after_sweep(launch: Launch, store: Store, wall: float, workers: int) -> Group | None:
     """Predicted beside actual; ``None`` where nothing was measured or nothing was done.
 
     Args:
         launch: Made before the sweep.
         store: Where its runs are.
         wall: Seconds that the sweep took.
+        workers: How many there were at once.
     """
     forecast = launch.forecast
     runs = [r for r in launch.left if forecast.costs[r.identity].basis == "measured"]
@@ -551,20 +566,23 @@ def after_sweep(launch: Launch, store: Store, wall: float) -> Group | None:
     actual = {r.identity: all_taken[r.identity] for r in runs if r.identity in all_taken}
     if not actual:
         return None
-    whole = launch.makespan if len(actual) == len(launch.left) else None
-    return comparison(forecast, actual, predicted_wall=whole, wall=wall)
+    whole = None
+    if launch.fresh and workers and len(actual) == len(launch.left):
+        name = "whole sweep" + (f", {workers} jobs at once" if launch.jobs else "")
+        whole = (name, forecast.schedule(workers, launch.left, launch.jobs).makespan, wall)
+    return comparison(forecast, actual, whole)
 
 
 def comparison(
-    forecast: Forecast, actual: Mapping[str, float], *, predicted_wall: float | None, wall: float
+    forecast: Forecast, actual: Mapping[str, float], whole: tuple[str, float, float] | None
 ) -> Group:
     """Predicted beside actual, for the runs of a sweep that has just ended.
 
     Args:
         forecast: Made before it.
         actual: Seconds that its runs took, by identity.
-        predicted_wall: Seconds that the simulated schedule of these runs took; ``None``: unknown.
-        wall: Seconds that the sweep took.
+        whole: What to call the sweep, and the seconds from its start to its end: as simulated
+            and as they were. ``None``: unknown.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("predicted beside actual", overflow="fold")
@@ -581,8 +599,8 @@ def comparison(
         predicted = sum(forecast.costs[i].seconds for i in done)
         took = sum(actual[i] for i in done)
         table.add_row(f"  {stage.name}", f"{len(done)}", *_beside(predicted, took))
-    if predicted_wall is not None:
-        table.add_row("whole sweep", f"{len(actual)}", *_beside(predicted_wall, wall))
+    if whole is not None:
+        table.add_row(whole[0], f"{len(actual)}", *_beside(*whole[1:]))
     return Group(Text(), table)
 
 

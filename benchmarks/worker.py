@@ -68,6 +68,48 @@ def compute_deterministically() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def carry_out(run: Run, folder: RunFolder, work: Callable[[], bool]) -> tuple[Ending, str]:
+    """Do a run's work under its lock; whatever goes wrong is written down and stops nobody else.
+
+    Args:
+        run: The run.
+        folder: Its folder.
+        work: Does the work; ``False`` if it stopped on the way.
+
+    Returns:
+        How it ended, and in one line why if it did not end well.
+    """
+    try:
+        with folder.lock():
+            if folder.state_of_files() in (State.DONE, State.FAILED):
+                return Ending(folder.state_of_files()), ""
+            return _guarded(run, folder, work)
+    except Busy as error:
+        return Ending.BUSY, str(error)
+    except UserError as error:
+        return Ending.FAILED, str(error)
+
+
+def _guarded(run: Run, folder: RunFolder, work: Callable[[], bool]) -> tuple[Ending, str]:
+    """Work, and write down what goes wrong.
+
+    Raises:
+        CannotWrite: That is not written down: with room made, the run continues.
+        Busy: Nor is this: another process has what the work is about.
+    """
+    try:
+        folder.create(run)
+        return (Ending.DONE if work() else Ending.INTERRUPTED), ""
+    except (CannotWrite, Busy):
+        raise
+    except Exception as error:
+        expected = isinstance(error, UserError | NonFiniteLoss)
+        reason = str(error) if expected else f"{type(error).__name__}: {error}"
+        reason = reason.splitlines()[0]
+        folder.write_failure(reason, traceback.format_exc())
+        return Ending.FAILED, reason
+
+
 class Worker:
     """Carries out runs of one plan, one after the other.
 
@@ -107,34 +149,7 @@ class Worker:
             How it ended, and in one line why if it did not end well.
         """
         folder = self.store.folder(run)
-        try:
-            with folder.lock():
-                if folder.state_of_files() in (State.DONE, State.FAILED):
-                    return Ending(folder.state_of_files()), ""
-                return self._guarded(run, folder)
-        except Busy as error:
-            return Ending.BUSY, str(error)
-        except UserError as error:
-            return Ending.FAILED, str(error)
-
-    def _guarded(self, run: Run, folder: RunFolder) -> tuple[Ending, str]:
-        """Train; whatever goes wrong is written down and stops nobody else.
-
-        Raises:
-            CannotWrite: That alone is not written down: with room made, the run continues.
-        """
-        try:
-            folder.create(run)
-            finished = _Attempt(self, run, folder).train()
-            return (Ending.DONE if finished else Ending.INTERRUPTED), ""
-        except CannotWrite:
-            raise
-        except Exception as error:
-            expected = isinstance(error, UserError | NonFiniteLoss)
-            reason = str(error) if expected else f"{type(error).__name__}: {error}"
-            reason = reason.splitlines()[0]
-            folder.write_failure(reason, traceback.format_exc())
-            return Ending.FAILED, reason
+        return carry_out(run, folder, lambda: _Attempt(self, run, folder).train())
 
     def dataset(self, name: str) -> data.Dataset:
         """A data set, read once a process."""

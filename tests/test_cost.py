@@ -24,13 +24,15 @@ from benchmarks.cost import (
     passes,
     priorities,
     read_calibration,
+    read_calibrations,
     run_cost,
     start_key,
     work,
     write_calibration,
 )
 from benchmarks.errors import UserError
-from benchmarks.forecast import Calibrated, JobLimits
+from benchmarks.executors.slurm.cluster import Cluster
+from benchmarks.forecast import Calibrated, Jobs
 from benchmarks.settings import DataSettings, load_profile
 from benchmarks.store import Store
 from tests.harness import ROOT, finish, make_plan, profile_file
@@ -40,11 +42,13 @@ OUTLINE = Outline(train_images=1000, test_images=200, parameters=70, buffers=10,
 STEPS = {"sgd": 1.0, "sam": 2.0, "pof": 1.5}  # seconds
 
 
-def calibration(plan, *, device="a processor", steps=STEPS, setup=0.0, save=0.0, start=None):
+def calibration(
+    plan, *, device="a processor", steps=STEPS, setup=0.0, save=0.0, start=None, worker=WORKER
+):
     """Made-up measurements of every step in a plan."""
     measurements = {
-        key_of(run.settings, WORKER).model_dump_json(): Measurement(
-            key=key_of(run.settings, WORKER),
+        key_of(run.settings, worker).model_dump_json(): Measurement(
+            key=key_of(run.settings, worker),
             outline=OUTLINE,
             rates=Rates(step=steps[run.settings.algorithm], evaluation=0.0, setup=setup, save=save),
         )
@@ -54,7 +58,7 @@ def calibration(plan, *, device="a processor", steps=STEPS, setup=0.0, save=0.0,
     return Calibration(
         device=device,
         kind="cpu",
-        starts={start_key(WORKER): start or Start()},
+        starts={start_key(worker): start or Start()},
         measurements=list(measurements.values()),
     )
 
@@ -223,28 +227,69 @@ def test_the_schedule_is_simulated_with_lineage_and_start_up(tmp_path):
     # Of 6 steps an epoch: sgd 12 + 6 s, sam 24 + 12 s, PoF 9 s; a second to begin each.
     total = 13 + 7 + 25 + 13 + 10
     assert found.seconds(plan.runs) == total
-    assert found.schedule(found.machine(1)).makespan == 15 + total
-    assert found.schedule(found.machine(2)).makespan == 15 + 25 + 13
-    jobs = JobLimits(start_seconds=2.0)
-    assert found.schedule(found.machine(1, jobs)).makespan == 5 * (15 + 2) + total
+    assert found.schedule(1).makespan == 15 + total
+    assert found.schedule(2).makespan == 15 + 25 + 13
+    assert found.schedule(1, jobs=jobs(start_seconds=2.0)).makespan == 5 * (15 + 2) + total
     left = [run for run in plan.runs if run.settings.pof is not None]
-    assert found.schedule(found.machine(1), left).makespan == 15 + 10
+    assert found.schedule(1, left).makespan == 15 + 10
+
+
+def jobs(start_seconds=0.0, requeue_seconds=0.0, **cluster):
+    made = Cluster.model_validate({"title": "", **cluster})
+    return Jobs(made, start_seconds, requeue_seconds)
 
 
 def test_jobs_start_in_the_order_of_their_arrays(tmp_path):
     plan = make_plan(tmp_path, {"seeds": [0, 1]})
-    order = forecast.submission_order(plan)
-    labels = [run.method for run in sorted(plan.runs, key=lambda r: order[r.identity])]
-    assert labels == ["sgd"] * 4 + ["sam"] * 4 + ["sam+pof"] * 2
-    schedule = predict(plan).schedule(predict(plan).machine(1, JobLimits()))
-    assert [plan.by_identity()[piece.task].method for piece in schedule.pieces] == labels
+    tasks = jobs().tasks(predict(plan), plan.runs)
+    # SGD 0–2, then SGD 2–3; SAM 0–2, then SAM and PoF 2–3; a task a seed, after its parent's.
+    assert [task.name for task in tasks] == [f"{i}_{seed}" for i in range(5) for seed in range(2)]
+    assert [task.seconds for task in tasks[::2]] == [12, 6, 24, 12, 9]
+    parents = [None, None, "0_0", "0_1", None, None, "2_0", "2_1", "2_0", "2_1"]
+    assert [task.parent for task in tasks] == parents
+    schedule = predict(plan).schedule(1, jobs=jobs())
+    assert [piece.task for piece in schedule.pieces] == [task.name for task in tasks]
+
+
+def test_a_cluster_s_throttle_holds_back_its_jobs(tmp_path):
+    plan = make_plan(tmp_path, {"seeds": [0, 1, 2], "methods": ["sgd"]})
+    found = predict(plan)
+    assert found.schedule(9, jobs=jobs()).makespan == 12 + 6
+    throttled = jobs(resources={"array_throttle": 1})
+    assert found.schedule(9, jobs=throttled).makespan == 3 * 12 + 6
+
+
+def test_runs_that_share_a_job_take_as_long_as_the_longest(tmp_path):
+    plan = make_plan(tmp_path, {"seeds": [0, 1, 2], "methods": ["sam"]})
+    found = predict(plan)
+    tasks = jobs(runs_per_gpu=2).tasks(found, plan.runs)
+    assert [task.seconds for task in tasks] == [24, 24, 12, 12]  # two and one, and their children
+    assert found.schedule(1, jobs=jobs(runs_per_gpu=2)).makespan == 24 + 24 + 12 + 12
+    assert found.schedule(1, jobs=jobs()).makespan == 3 * (24 + 12)
+
+
+def test_a_stage_of_its_own_limits_keeps_them(tmp_path):
+    plan = make_plan(tmp_path, {"methods": ["sam+pof"]})
+    found = predict(plan, steps={"sam": 20.0, "pof": 15.0})  # 240 s, then 90 s
+    limits = {"time_limit": "2", "signal_seconds": 20}
+    chained = jobs(requeue_seconds=7.0, stages={"pof": limits})
+    assert found.schedule(1, jobs=chained).makespan == 240 + 90
+    both = jobs(requeue_seconds=7.0, resources=limits)
+    assert found.schedule(1, jobs=both).makespan == 240 + 2 * 7 + 90  # 100 s, 100 s, 40 s
 
 
 def test_a_time_limit_that_leaves_no_time_to_train_is_one_line(tmp_path):
-    plan = make_plan(tmp_path)
-    found = predict(plan, start=Start(process=100.0))
+    found = predict(make_plan(tmp_path), start=Start(process=100.0))
     with pytest.raises(UserError, match="leaves no time to train"):
-        found.schedule(found.machine(1, JobLimits(time_limit=60.0)))
+        found.schedule(1, jobs=jobs(resources={"time_limit": "1"}))
+
+
+def test_what_was_measured_with_as_many_on_a_device_is_preferred(tmp_path):
+    plan = make_plan(tmp_path)
+    alone, shared = WorkerKind(threads=1, jobs=1), WorkerKind(threads=1, jobs=4)
+    both = calibration(plan, worker=alone).with_newer(calibration(plan, worker=shared))
+    for together, worker in ((1, alone), (4, shared), (3, shared), (None, shared)):
+        assert forecast.choose([both], plan, together) == Calibrated(both, worker)
 
 
 # The commands
@@ -339,28 +384,33 @@ def test_predicted_stands_beside_actual(tmp_path):
     plan = make_plan(tmp_path)
     runs_dir = tmp_path / "runs"
     write_calibration(calibration_file(runs_dir, "a processor"), calibration(plan))
-    launch = forecast.before_launch(plan, runs_dir, "a processor", WORKER)
-    assert launch.makespan == 24 + 12  # the longest chain: SAM, SAM
     store = Store(runs_dir)
+    source = forecast.measured_here(read_calibrations(runs_dir), "a processor", WORKER)
+    launch = forecast.before_launch(plan, store, source)
+    on_cluster = forecast.before_launch(plan, store, source, jobs=jobs())
     for run in plan.runs:
         finish(store, run, 10.0, seconds=10.0)
     console = Console(width=80)
     with console.capture() as captured:
-        console.print(forecast.after_sweep(launch, store, 40.0))
+        console.print(forecast.after_sweep(launch, store, 40.0, 2))
+        console.print(forecast.after_sweep(on_cluster, store, 42.0, 1))
+        console.print(forecast.after_sweep(launch._replace(fresh=False), store, 4.0, 2))
     lines = {" ".join(line.split()) for line in captured.get().splitlines()}
     assert "sgd 0–2 1 12 s 10 s +20%" in lines
     assert "sgd 2–3 1 6.0 s 10 s -40%" in lines
-    assert "whole sweep 5 36 s 40 s -10%" in lines
+    assert "whole sweep 5 36 s 40 s -10%" in lines  # the longest chain: SAM, SAM
+    assert "whole sweep, 1 jobs at once 5 1 min 03 s 42 s +50%" in lines
+    assert sum(line.startswith("whole sweep") for line in lines) == 2
 
 
 def test_without_a_calibration_of_this_device_nothing_is_compared(tmp_path):
     plan = make_plan(tmp_path)
     runs_dir = tmp_path / "runs"
-    assert forecast.before_launch(plan, runs_dir, "a processor", WORKER) is None
+    assert forecast.before_launch(plan, Store(runs_dir), None) is None
     write_calibration(calibration_file(runs_dir, "another"), calibration(plan, device="another"))
-    assert forecast.before_launch(plan, runs_dir, "a processor", WORKER) is None
+    assert forecast.measured_here(read_calibrations(runs_dir), "a processor", WORKER) is None
     other = WorkerKind(threads=2, jobs=1)
-    assert forecast.before_launch(plan, runs_dir, "another", other) is None
+    assert forecast.measured_here(read_calibrations(runs_dir), "another", other) is None
 
 
 # The file

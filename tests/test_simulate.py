@@ -2,14 +2,19 @@
 
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 
-from benchmarks.simulate import Machine, Task, simulate
+from benchmarks.simulate import Limits, Machine, Task, simulate
 
 
-def makespan(tasks, workers, **limits):
-    return simulate(tasks, Machine(workers, **limits)).makespan
+def makespan(tasks, workers, **machine):
+    return simulate(tasks, Machine(workers, **machine)).makespan
+
+
+def limited(tasks, **limits):
+    return [replace(task, limits=Limits(**limits)) for task in tasks]
 
 
 def chain(lengths, name="c", priority=0.0):
@@ -64,12 +69,14 @@ def test_a_parent_that_is_not_among_the_tasks_is_finished():
 def test_a_throttle_holds_back_its_own_array_only():
     tasks = [Task(f"a{i}", 1.0, array="a") for i in range(6)]
     assert makespan(tasks, 6) == 1
-    assert makespan(tasks, 6, throttle=2) == 3
+    assert makespan(limited(tasks, throttle=2), 6) == 3
     others = [Task(f"b{i}", 1.0, array="b") for i in range(6)]
-    assert makespan([*tasks, *others], 6, throttle=2) == 3
+    assert makespan(limited([*tasks, *others], throttle=2), 6) == 3
+    assert makespan([*limited(tasks, throttle=2), *others], 6) == 3  # each array has its own
+    assert makespan([*limited(tasks, throttle=1), *others], 7) == 6
     for throttle, array in itertools.product((1, 2, 3), "ab"):
         names = {task.name for task in [*tasks, *others] if task.array == array}
-        schedule = simulate([*tasks, *others], Machine(6, throttle=throttle))
+        schedule = simulate(limited([*tasks, *others], throttle=throttle), Machine(6))
         pieces = [p for p in schedule.pieces if p.task in names]
         assert max(sum(p.start <= q.start < p.end for p in pieces) for q in pieces) == throttle
 
@@ -90,26 +97,30 @@ def test_a_worker_that_stays_loads_each_data_set_once_and_a_job_every_time():
 
 def test_a_run_longer_than_the_time_limit_is_chained_with_the_overhead_of_each_job():
     # 10 s of work, 4 − 1 s of it in a job: four jobs.
-    schedule = simulate([Task("long", 10)], Machine(1, startup=1, stays=False, time_limit=4))
+    long, job = [Task("long", 10)], Machine(1, startup=1, stays=False)
+    schedule = simulate(limited(long, time_limit=4), job)
     assert len(schedule.pieces) == 4
     assert schedule.makespan == 10 + 4 * 1
     assert all(piece.end - piece.start <= 4 for piece in schedule.pieces)
-    margin = simulate(
-        [Task("long", 10)], Machine(1, startup=1, stays=False, time_limit=4, margin=2)
-    )
-    assert len(margin.pieces) == 10
+    assert len(simulate(limited(long, time_limit=4, margin=2), job).pieces) == 10
+    # Between two jobs, somebody else's may run.
+    waits = limited([Task("long", 10, priority=1)], time_limit=4, requeue=5)
+    assert simulate(waits, job).makespan == 10 + 4 * 1 + 3 * 5
+    assert simulate([*waits, Task("other", 4)], job).makespan == 10 + 4 * 1 + 3 * 5
     # On another worker the continuation queues like any other task.
     both = [Task("long", 10, priority=1), Task("urgent", 3, priority=2)]
-    assert makespan(both, 2, startup=1, stays=False, time_limit=4) == 14
+    assert makespan(limited(both, time_limit=4), 2, startup=1, stays=False) == 14
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused():
     with pytest.raises(ValueError, match="leaves no time to train"):
-        simulate([Task("a", 1)], Machine(1, startup=5, stays=False, time_limit=5))
+        simulate(limited([Task("a", 1)], time_limit=5), Machine(1, startup=5, stays=False))
     with pytest.raises(ValueError, match="of jobs"):
-        Machine(1, time_limit=5)
+        simulate(limited([Task("a", 1)], time_limit=5), Machine(1))
     with pytest.raises(ValueError, match="at least 1"):
         Machine(0)
+    with pytest.raises(ValueError, match="at least 1"):
+        Limits(throttle=0)
 
 
 def test_a_circle_and_a_name_used_twice_are_refused():
@@ -137,7 +148,8 @@ def test_every_schedule_keeps_the_bounds_of_list_scheduling(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_a_schedule_is_one_that_could_be_carried_out(seed):
     tasks = {task.name: task for task in forest(seed)}
-    schedule = simulate(list(tasks.values()), Machine(3, startup=0.5, stays=False, time_limit=4.0))
+    machine = Machine(3, startup=0.5, stays=False)
+    schedule = simulate(limited(tasks.values(), time_limit=4.0), machine)
     for worker in range(3):
         own = sorted((p.start, p.end) for p in schedule.pieces if p.worker == worker)
         assert all(a[1] <= b[0] for a, b in itertools.pairwise(own))

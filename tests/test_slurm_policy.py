@@ -9,7 +9,7 @@ import pytest
 from benchmarks.errors import UserError
 from benchmarks.executors.slurm import launcher
 from benchmarks.executors.slurm.arrays import ActiveArray, arrange
-from benchmarks.executors.slurm.attempts import Attempts, Cause, causes, verdict
+from benchmarks.executors.slurm.attempts import Attempts, Cause, causes, most_at_once, verdict
 from benchmarks.executors.slurm.cluster import Cluster, Retries
 from benchmarks.executors.slurm.journal import append
 from benchmarks.executors.slurm.launcher import Launcher, Options
@@ -581,3 +581,22 @@ def test_every_run_of_a_large_sweep_is_submitted_once(tmp_path):
     counts = Counter(name for runs in world.slurm.orders.values() for name in runs)
     assert counts == Counter(run.identity for run in world.plan.runs)
     assert len(world.slurm.arrays) == 6
+
+
+def test_jobs_at_once_are_counted_from_the_attempts(tmp_path, monkeypatch):
+    plan = make_plan(tmp_path, {"seeds": [0, 1, 2], "methods": ["sgd"]})
+    store = Store(tmp_path / "runs")
+    clock = iter(range(100))
+    monkeypatch.setattr("benchmarks.executors.slurm.attempts.time.time", lambda: next(clock))
+    first, second, third = (Attempts(store.folder(run)) for run in plan.runs[:3])
+    first.begin("1_0")  # at 0; its node dies, and it begins again
+    first.begin("1_0")
+    second.begin("1_0")  # shares the job
+    third.begin("1_1")
+    first.end("1_0", Cause.DONE)
+    second.end("1_0", Cause.DONE)  # at 5
+    first.begin("1_2")
+    third.end("1_1", Cause.PREEMPTED)
+    assert most_at_once(plan, store, since=0) == 2
+    assert most_at_once(plan, store, since=5) == 1
+    assert most_at_once(plan, store, since=50) == 0

@@ -3,11 +3,28 @@
 import json
 import os
 import sys
+from typing import Protocol
 
-from benchmarks.worker import Worker
+from benchmarks.plan import Plan
+from benchmarks.run import Run
+from benchmarks.worker import Ending
 
 
-def serve(worker: Worker) -> None:
+class Carrier(Protocol):
+    """Carries out runs of a plan."""
+
+    @property
+    def plan(self) -> Plan:
+        """The runs."""
+
+    def carry_out(self, run: Run) -> tuple[Ending, str]:
+        """Carry one out; how it ended, and in one line why if it did not end well."""
+
+    def should_stop(self) -> bool:
+        """Whether to stop between two runs."""
+
+
+def serve(worker: Carrier) -> None:
     """Carry out the runs named on standard input until it ends.
 
     Answers ``{"ending": …, "reason": …}`` on standard output for each. Anything else printed goes

@@ -14,8 +14,9 @@ from typing import Any, Literal
 from benchmarks.executors.slurm.cluster import Retries
 from benchmarks.executors.slurm.journal import append
 from benchmarks.files import canonical_json, read_json_lines
+from benchmarks.plan import Plan
 from benchmarks.settings import Strict
-from benchmarks.store import RunFolder
+from benchmarks.store import RunFolder, Store
 
 _FILE = "attempts.jsonl"
 
@@ -146,3 +147,27 @@ def verdict(events: Sequence[Event], retries: Retries) -> str | None:
             "raise 'time_limit' or 'signal_seconds' in the cluster file"
         )
     return None
+
+
+def most_at_once(plan: Plan, store: Store, since: float) -> int:
+    """Most jobs that were at work on a plan's runs at the same time.
+
+    Args:
+        plan: The runs.
+        store: Their folders.
+        since: Seconds since 1970; what happened before is left out.
+    """
+    events = [
+        (event.time, run.identity, event.job if event.event == "begun" else None)
+        for run in plan.runs
+        for event in Attempts(store.folder(run)).read()
+        if event.time >= since
+    ]
+    at_work: dict[str, str] = {}  # run → job
+    most = 0
+    for _, run, job in sorted(events, key=lambda event: event[0]):
+        at_work.pop(run, None)
+        if job is not None:
+            at_work[run] = job
+        most = max(most, len(set(at_work.values())))
+    return most
