@@ -46,6 +46,7 @@ SplitBy = Annotated[
     ),
 ]
 
+_CLOSED = "closed; the jobs go on: the same command follows them, `make cancel` ends them"
 _DATA, _RUNS, _RESULTS = Path("data"), Path("runs"), Path("results")
 
 
@@ -145,7 +146,7 @@ def reproduce_table(
         tell(
             "stopped; every run left a checkpoint: the same command continues where it was"
             if on_slurm is None
-            else "closed; the jobs go on: the same command follows them, `make cancel` ends them"
+            else _CLOSED
         )
         raise
     wall = time.monotonic() - began
@@ -354,7 +355,11 @@ def hessian(
     if executor == "slurm" and missing:
         tell(f"measuring {len(missing)} networks, in jobs")
         on_slurm = OnSlurm(cluster, runs_dir, data_dir, device)
-        amiss = on_slurm.measure(planned, name, missing, asdict(request), tell)
+        try:
+            amiss = on_slurm.measure(planned, name, missing, asdict(request), tell)
+        except KeyboardInterrupt:
+            tell(_CLOSED)
+            raise
     else:
         for run in measuring(console, missing):
             amiss += measurer.measure(run)
