@@ -80,6 +80,10 @@ class Jobs(NamedTuple):
             max_array_size=cluster.max_array_size or _MAX_ARRAY_SIZE,
         )
         names = {id(array): f"{i}" for i, array in enumerate(arrays)}
+        # Times of runs that were alone on their device say nothing of how several share one: then
+        # they are taken to gain nothing.
+        source = forecast.source
+        side_by_side = source is not None and source.worker.jobs == cluster.runs_per_gpu
         loading = forecast.start.loading
         tasks: list[Task] = []
         for array in arrays:
@@ -92,11 +96,12 @@ class Jobs(NamedTuple):
             for index, identities in enumerate(array.tasks):
                 together = [known[identity] for identity in identities]
                 datasets = {run.settings.dataset for run in together}
+                each = [forecast.costs[identity].occupied for identity in identities]
                 after = names.get(id(array.after))
                 tasks.append(
                     Task(
                         name=f"{names[id(array)]}_{index}",
-                        seconds=max((forecast.costs[i].occupied for i in identities), default=0.0),
+                        seconds=max(each, default=0.0) if side_by_side else sum(each),
                         parent=after and f"{after}_{index}",
                         priority=-len(tasks),
                         array=names[id(array)],
@@ -152,8 +157,10 @@ class Forecast:
     @property
     def unit(self) -> str:
         """What an hour of one worker is called."""
-        on_cpu = self.source is not None and self.source.calibration.kind == "cpu"
-        return "worker-hours" if on_cpu else "GPU-hours"
+        alone = self.source is None or (
+            self.source.calibration.kind != "cpu" and self.source.worker.jobs == 1
+        )
+        return "GPU-hours" if alone else "worker-hours"
 
     @property
     def start(self) -> Start:

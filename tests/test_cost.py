@@ -259,13 +259,17 @@ def test_a_cluster_s_throttle_holds_back_its_jobs(tmp_path):
     assert found.schedule(9, jobs=throttled).makespan == 3 * 12 + 6
 
 
-def test_runs_that_share_a_job_take_as_long_as_the_longest(tmp_path):
-    plan = make_plan(tmp_path, {"seeds": [0, 1, 2], "methods": ["sam"]})
+def test_runs_that_share_a_job_take_as_long_as_was_measured_side_by_side(tmp_path):
+    plan = make_plan(tmp_path, {"seeds": [0, 1, 2, 3, 4], "methods": ["sam"]})
+    two, three = (jobs(runs_per_gpu=count) for count in (2, 3))
+    assert WORKER.jobs == 2
     found = predict(plan)
-    tasks = jobs(runs_per_gpu=2).tasks(found, plan.runs)
-    assert [task.seconds for task in tasks] == [24, 24, 12, 12]  # two and one, and their children
-    assert found.schedule(1, jobs=jobs(runs_per_gpu=2)).makespan == 24 + 24 + 12 + 12
-    assert found.schedule(1, jobs=jobs()).makespan == 3 * (24 + 12)
+    tasks = two.tasks(found, plan.runs)
+    assert [task.seconds for task in tasks] == [24] * 3 + [12] * 3  # two, two and one
+    assert found.schedule(1, jobs=two).makespan == 3 * 24 + 3 * 12
+    # Nothing is known of three at once: they take turns.
+    assert [task.seconds for task in three.tasks(found, plan.runs)] == [72, 48, 36, 24]
+    assert found.schedule(1, jobs=jobs()).makespan == 5 * (24 + 12)
 
 
 def test_a_stage_of_its_own_limits_keeps_them(tmp_path):

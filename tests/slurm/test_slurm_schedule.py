@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from benchmarks.cost import RunCost
-from benchmarks.forecast import Forecast, Jobs
+from benchmarks.cost import Calibration, Estimate, RunCost, WorkerKind
+from benchmarks.forecast import Calibrated, Forecast, Jobs
 from benchmarks.store import State
 from tests.harness import make_plan
 from tests.slurm.conftest import Lab, made_up
@@ -40,6 +40,8 @@ def test_the_simulated_schedule_is_the_real_one(lab, tmp_path_factory, cluster, 
     }
     took, jobs = carry_out(lab, monkeypatch, plan, seconds, runs_per_gpu=2, resources=ONE_A_GPU)
     costs = {name: RunCost(value, 0.0, 0, "measured") for name, value in seconds.items()}
-    forecast = Forecast(plan, costs, {}, None, None)
+    nothing_else = Calibration(device="", kind="cpu", starts={}, measurements=[])
+    source = Calibrated(nothing_else, WorkerKind(threads=1, jobs=2))
+    forecast = Forecast(plan, costs, {}, source, Estimate())
     schedule = forecast.schedule(2, jobs=jobs._replace(start_seconds=start_seconds))
     assert schedule.makespan == pytest.approx(took, rel=0.2)
