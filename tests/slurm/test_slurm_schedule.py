@@ -44,4 +44,5 @@ def test_the_simulated_schedule_is_the_real_one(lab, tmp_path_factory, cluster, 
     source = Calibrated(nothing_else, WorkerKind(threads=1, jobs=2))
     forecast = Forecast(plan, costs, {}, source, Estimate())
     schedule = forecast.schedule(2, jobs=jobs._replace(start_seconds=start_seconds))
+    print(f"simulated {schedule.makespan:.1f} s, real {took:.1f} s, {start_seconds:.1f} s a job")
     assert schedule.makespan == pytest.approx(took, rel=0.2)
