@@ -165,7 +165,9 @@ class Cluster:
     def _start_accounting(self) -> None:
         data, database = self.folder / "mariadb", self.folder / "mariadb.socket"
         user = pwd.getpwuid(os.getuid()).pw_name
-        own = ["--no-defaults", f"--datadir={data}", f"--user={user}"]
+        # A server that starts clears its temporary folder, another server's files among them.
+        temporary = self.folder / "tmp"
+        own = ["--no-defaults", f"--datadir={data}", f"--tmpdir={temporary}", f"--user={user}"]
         install = ["mariadb-install-db", *own, "--auth-root-authentication-method=socket"]
         with (self.folder / "log" / "mariadb-install.log").open("wb") as log:
             done = subprocess.run(
@@ -214,7 +216,7 @@ class Cluster:
             return False
 
     def _configure(self) -> None:
-        for name in ("log", "state", "run", *(f"spool-{node}" for node in NODES)):
+        for name in ("log", "state", "run", "tmp", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir()
         controller, database, *node_ports = _free_ports(2 + len(NODES))
         user, here = pwd.getpwuid(os.getuid()).pw_name, self.folder

@@ -408,6 +408,32 @@ def test_a_cancelled_run_is_left_with_its_children_until_the_next_command(world)
     assert [world.submitted(run) for run in world.plan.runs] == [2, 2, 2]
 
 
+def test_children_cancelled_while_their_parent_is_still_ending_are_left_too(world):
+    world.look()
+    parent = world.slurm.begin(world.run(SAM, 0))
+    for method in (SAM, POF):
+        world.slurm.become(world.slurm.job_of(world.run(method, 2)), "CANCELLED")
+    assert world.look()
+    world.slurm.become(parent, "CANCELLED")
+    assert not world.look()
+    assert [world.submitted(run) for run in world.plan.runs] == [1, 1, 1]
+
+
+def test_a_child_dropped_with_an_earlier_job_of_its_parent_is_submitted_again(world):
+    world.look()
+    first = world.slurm.begin(world.run(SAM, 0))
+    world.slurm.become(first, "FAILED")
+    world.look()
+    assert world.submitted(world.run(SAM, 0)) == 2
+    for method in (SAM, POF):  # Slurm drops them late
+        (child, *_) = (
+            j for j, runs in world.slurm.orders.items() if world.run(method, 2).identity in runs
+        )
+        world.slurm.become(child, "CANCELLED")
+    world.look()
+    assert [world.submitted(run) for run in world.plan.runs] == [2, 2, 2]
+
+
 def test_a_job_cancelled_while_it_waited_is_left_too(world):
     world.look()
     world.slurm.done(world.run(SAM, 0))

@@ -141,7 +141,8 @@ class Launcher:
         ]
         self._ask_about([jobs[run.identity] for run in gone], queue)
         for run in gone:
-            self._settle(run, jobs[run.identity])
+            waited_for = jobs.get(run.parent or "") if run.parent in active else None
+            self._settle(run, jobs[run.identity], waited_for)
         self._look_at_folders()
         self._cancel_hopeless(jobs, queue)
         wanted = self._wanted(active)
@@ -203,13 +204,23 @@ class Launcher:
 
     # Deciding
 
-    def _settle(self, run: Run, job: JobOf) -> None:
-        """Note how a run's last job ended; give the run up where that happened too often."""
+    def _settle(self, run: Run, job: JobOf, waited_for: JobOf | None) -> None:
+        """Note how a run's last job ended; give the run up where that happened too often.
+
+        Args:
+            run: The run.
+            job: Its last job, which is gone.
+            waited_for: The job of its parent, where Slurm still has that.
+        """
         attempts = Attempts(self.store.folder(run))
         events = attempts.read()
         last = events[-1] if events and events[-1].job == job.id else None
         if last is None and self.sweep.states.get(run.parent or "", State.DONE) is not State.DONE:
-            return  # it never began, since its parent is not done: it goes where that goes
+            # It never began, since its parent is not done: it goes where that goes. But Slurm does
+            # not drop a job while what it waits for is there: somebody has cancelled it.
+            dropped = waited_for is None or waited_for.submission.time > job.submission.time
+            if dropped or job.id in self._hopeless or job.id not in self._seen:
+                return
         cause = self._cause(job, last)
         if cause is Cause.CANCELLED and job.id in self._seen:
             self.left.add(run.identity)
