@@ -11,7 +11,7 @@ from typing import Any
 from benchmarks.files import canonical_json, sha256
 from benchmarks.plan import Plan
 from benchmarks.run import Run
-from benchmarks.store import Store
+from benchmarks.store import State, Store
 
 _FOLDER = "measuring"  # in RUNS_DIR
 _TRAINED = "trained"  # in a request's folder: the plans of the runs measured
@@ -50,15 +50,15 @@ def measurement_of(run: Run, trained: Store) -> Run:
 
 
 def prepare(
-    plan: Plan, profile: str, trained: Store, runs: Sequence[Run], request: Mapping[str, Any]
+    plan: Plan, profile: str, trained: Store, missing: Sequence[Run], request: Mapping[str, Any]
 ) -> tuple[Plan, Path, Path]:
-    """Lay out the measurements of finished runs that lack them.
+    """Lay out the measurements that are missing, beside those that were made or are being made.
 
     Args:
         plan: Of the profile.
         profile: Its name.
         trained: Where its runs are.
-        runs: Those to measure.
+        missing: Finished runs that lack a measurement.
         request: What to measure.
 
     Returns:
@@ -66,9 +66,18 @@ def prepare(
         stays as it is, whatever becomes of the profile.
     """
     root = root_of(trained.root, request)
-    measurements = [measurement_of(run, trained) for run in runs]
-    for measurement in measurements:  # done before, and lost since
-        (Store(root).folder(measurement).path / "result.json").unlink(missing_ok=True)
+    wanted = {run.identity for run in missing}
+    measurements = []
+    for run in plan.runs:
+        if trained.folder(run).state_of_files() is not State.DONE:
+            continue
+        measurement = measurement_of(run, trained)
+        folder = Store(root).folder(measurement)
+        if run.identity in wanted:
+            (folder.path / "result.json").unlink(missing_ok=True)  # made before, and lost since
+        elif folder.state() not in (State.DONE, State.RUNNING):
+            continue
+        measurements.append(measurement)
     laid_out = plan.model_copy(update={"runs": measurements, "arms": [], "unavailable": {}})
     laid_out.write(plan_file(root, profile))
     digest = sha256(canonical_json(plan.model_dump(mode="json")))

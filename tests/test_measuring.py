@@ -72,6 +72,15 @@ def test_a_measurement_is_carried_out_once_and_says_what_did_not_converge(traine
     assert Store(root).folder(runs[1]).state() is State.PENDING
 
 
+def test_what_is_measured_already_is_kept_in_view_and_what_was_measured_elsewhere_is_not(trained):
+    store, plan, _ = trained
+    worker, runs, root = laid_out(trained)
+    worker.carry_out(runs[0])
+    measurements, *_ = measuring.prepare(plan, "tiny", store, [], REQUEST)
+    assert measurements.runs == runs[:1]
+    assert Store(root).folder(runs[0]).state() is State.DONE
+
+
 def test_what_was_measured_and_is_lost_is_laid_out_again(trained):
     worker, runs, root = laid_out(trained)
     worker.carry_out(runs[0])

@@ -34,7 +34,7 @@ def test_the_simulated_schedule_is_the_real_one(lab, tmp_path_factory, cluster, 
     start_seconds = taken / 5
 
     lab = Lab(tmp_path_factory.mktemp("sweep"), cluster)
-    plan = make_plan(lab.folder, {"seeds": list(range(5)), "methods": ["sgd", "sam", "sam+pof"]})
+    plan = make_plan(lab.folder, {"seeds": list(range(3)), "methods": ["sgd", "sam", "sam+pof"]})
     seconds = {
         run.identity: SECONDS[run.settings.algorithm] + run.settings.seed for run in plan.runs
     }

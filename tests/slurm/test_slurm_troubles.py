@@ -171,6 +171,28 @@ def test_a_full_disk_is_a_failure_that_resubmit_mends(lab, reference):
         subprocess.run(["umount", "--lazy", str(lab.runs_dir)], check=True)
 
 
+def test_cancel_ends_a_sweep_that_the_same_command_continues(lab):
+    """The launcher looks on: while a parent is still ending, its children stay cancelled."""
+    lab.profile({"methods": ["sam", "sam+pof"], "training": {"epochs": 20, "batch_size": 10}})
+    lab.cluster_file()
+    launcher = lab.reproduce()
+    launcher.wait_for("submitted to Slurm")
+    parent, *children = lab.plan().runs
+    (held,) = lab.hold(parent)
+    assert lab.finish("cancel").startswith("cancelled 3 jobs: ")
+    lab.release_when_told(held)
+    assert launcher.wait() == 1, launcher.said
+    assert lab.calls()["sbatch"] == 3
+    assert lab.folder_of(parent).state() is State.INTERRUPTED
+    again = lab.reproduce()
+    assert again.wait() == 0, again.said
+    assert lab.calls()["sbatch"] == 6
+    assert lab.folder_of(parent).result()["starts"] == 2
+    for run in (parent, *children):
+        epochs = [line["epoch"] for line in lab.folder_of(run).metrics()]
+        assert epochs == list(range(run.settings.first_epoch + 1, run.settings.last_epoch + 1))
+
+
 def test_five_hundred_runs_take_few_calls_and_cancel_spares_the_others(lab, monkeypatch):
     """A stage that does nothing: submitted, watched and cancelled."""
     theirs = lab.cluster.command(

@@ -70,7 +70,7 @@ class OnSlurm:
         self,
         plan: Plan,
         profile: str,
-        runs: Sequence[Run],
+        missing: Sequence[Run],
         request: Mapping[str, Any],
         tell: Callable[[str], None],
     ) -> list[str]:
@@ -79,7 +79,7 @@ class OnSlurm:
         Args:
             plan: Of the profile.
             profile: Its name.
-            runs: Those to measure.
+            missing: Those that lack a measurement.
             request: What to measure.
             tell: Takes a line for the user.
 
@@ -90,7 +90,7 @@ class OnSlurm:
             KeyboardInterrupt: The jobs go on.
         """
         trained = Store(self.options.runs_dir)
-        measurements, root, copy = measuring.prepare(plan, profile, trained, runs, request)
+        measurements, root, copy = measuring.prepare(plan, profile, trained, missing, request)
         store = Store(root)
         for run in measurements.runs:
             if store.folder(run).state() is State.FAILED:
