@@ -141,8 +141,8 @@ class Launcher:
         ]
         self._ask_about([jobs[run.identity] for run in gone], queue)
         for run in gone:
-            waited_for = jobs.get(run.parent or "") if run.parent in active else None
-            self._settle(run, jobs[run.identity], waited_for)
+            parents = jobs.get(run.parent or "") if run.parent in active else None
+            self._settle(run, jobs[run.identity], parents)
         self._look_at_folders()
         self._cancel_hopeless(jobs, queue)
         wanted = self._wanted(active)
