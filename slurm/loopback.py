@@ -401,6 +401,8 @@ def main() -> None:
     cluster = Cluster(folder or default_folder(), accounting=not options.no_accounting)
     try:
         sys.exit(_act(cluster, options.action, options.command))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ClusterError as error:
         print(f"error: {error} (its logs: {cluster.folder}/log)", file=sys.stderr)
         sys.exit(1)
@@ -421,6 +423,8 @@ def _act(cluster: Cluster, action: str, command: list[str]) -> int:
             environment = cluster.environment() | {"POF_LOOPBACK": str(cluster.folder)}
             return subprocess.run(command, env=environment, check=False).returncode
         finally:
+            for number in (signal.SIGINT, signal.SIGTERM):  # no impatience leaves daemons behind
+                signal.signal(number, signal.SIG_IGN)
             cluster.down()
     return 0
 
