@@ -9,6 +9,7 @@ RESULTS_DIR ?= results
 EXECUTOR    ?= local
 CLUSTER     ?=
 WATCH       ?=
+ROWS        ?=
 
 # PYTHON makes the virtual environment in VENV. With VENV= (empty) nothing is installed and PYTHON
 # is used as it is, packages and all.
@@ -24,7 +25,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table hessian report plan calibrate campaign status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
+.PHONY: help setup reproduce-table hessian report plan calibrate campaign speed status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
 
 help:  ## List the targets and the variables they take
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
@@ -73,6 +74,10 @@ plan: $(READY)  ## Say what PROFILE costs before it is launched: time, disk, whe
 calibrate: $(READY)  ## Measure what the steps of PROFILE cost on this device
 	@$(PY) -m benchmarks calibrate --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)
+
+speed: $(READY)  ## Measure speed beside limits and peers; ROWS="sam-step range-search": these alone
+	@$(PY) -m benchmarks speed $(foreach row,$(ROWS),'$(row)') --device $(DEVICE) \
+	  --data-dir $(DATA_DIR) --results-dir $(RESULTS_DIR)
 
 status: $(READY)  ## Show where the runs of PROFILE stand
 	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR) $(if $(WATCH),--watch)

@@ -130,6 +130,9 @@ def build_network(
 def build_trainer(settings: RunSettings, subject: Subject, device: torch.device) -> Trainer:
     """The run's trainer, at its first epoch, with initial weights."""
     net = build_network(settings, subject.info, device)
+    if settings.compile:
+        # One program a shape: the smaller last batch of an epoch must not change the others' bits.
+        net.feature_extractor.compile(dynamic=False)
     torch.manual_seed(seed_for(settings.seed, "global"))
     objective = Objective(
         net, label_smoothing=settings.optimizer.label_smoothing, precision=settings.precision

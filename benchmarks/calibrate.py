@@ -41,7 +41,7 @@ from benchmarks.cost import (
 from benchmarks.errors import UserError
 from benchmarks.plan import Plan
 from benchmarks.run import RunSettings
-from benchmarks.worker import choose_device, compute_deterministically, device_name
+from benchmarks.worker import choose_device, device_name, prepare_process
 from pof.data import DATASETS, load
 from pof.data.augmentation import Normalise
 from pof.errors import PofError
@@ -102,7 +102,7 @@ def calibrate(
     Raises:
         UserError: A network does not exist, or the load could not be started.
     """
-    compute_deterministically()
+    prepare_process()
     torch.set_num_threads(worker.threads)
     cases: dict[str, tuple[Key, RunSettings]] = {}
     for run in plan.runs:
@@ -140,8 +140,8 @@ def measure(
     """
     with _without_randomness():
         began = time.perf_counter()
-        subject = _random_subject(settings, device, _images(settings))
-        trainer = assembly.build_trainer(_gently(settings), subject, device)
+        subject = random_subject(settings, device, _images(settings))
+        trainer = assembly.build_trainer(gently(settings), subject, device)
         environment.describe(device=device_name(device), threads=1, precision=settings.precision)
         _synchronise(device)
         setup = time.perf_counter() - began
@@ -173,7 +173,7 @@ def keep_busy() -> None:
     settings = RunSettings.model_validate_json(task["settings"])
     device = choose_device(task["device"])
     torch.set_num_threads(task["threads"])
-    compute_deterministically()
+    prepare_process()
     loading = {}
     for name in task["datasets"]:
         began = time.perf_counter()
@@ -182,8 +182,8 @@ def keep_busy() -> None:
         except PofError:
             continue  # not there: its time stays unknown
         loading[name] = time.perf_counter() - began
-    subject = _random_subject(settings, device, _images(settings))
-    trainer = assembly.build_trainer(_gently(settings), subject, device)
+    subject = random_subject(settings, device, _images(settings))
+    trainer = assembly.build_trainer(gently(settings), subject, device)
     _time_steps(trainer, 1, device)
     print(json.dumps(loading), flush=True)
     while not select.select([sys.stdin], [], [], 0.0)[0]:
@@ -267,17 +267,24 @@ def _output(process: subprocess.Popen[str]) -> IO[str]:
     return process.stdout
 
 
-def _gently(settings: RunSettings) -> RunSettings:
+def gently(settings: RunSettings) -> RunSettings:
     """The same arithmetic at a learning rate at which noise cannot make the loss diverge."""
     optimizer = dataclasses.replace(settings.optimizer, learning_rate=1e-9)
     pof = settings.pof and dataclasses.replace(settings.pof, learning_rate=None)
     return settings.model_copy(update={"optimizer": optimizer, "pof": pof})
 
 
-def _random_subject(
-    settings: RunSettings, device: torch.device, images: Images
+def random_subject(
+    settings: RunSettings, device: torch.device, images: Images, *, held: int = _IMAGES_HELD
 ) -> assembly.Subject:
-    """Images and labels of the data set's shape that show nothing."""
+    """Images and labels of the data set's shape that show nothing.
+
+    Args:
+        settings: Of the run.
+        device: What computes.
+        images: Most of them.
+        held: Most training images, but for a batch that is larger.
+    """
     info = DATASETS[settings.dataset]
     generator = torch.Generator().manual_seed(0)
     size = (info.image_size, info.image_size, info.channels)
@@ -287,7 +294,7 @@ def _random_subject(
         labels = torch.randint(info.num_classes, (count,), generator=generator)
         return pixels.to(device), labels.to(device)
 
-    held = min(images.train, max(_IMAGES_HELD, settings.batch_size))
+    held = min(images.train, max(held, settings.batch_size))
     whole_batches = max(1, held // settings.batch_size) * settings.batch_size
     train_images, train_labels = draw(whole_batches)
     test_images, test_labels = draw(min(images.test, EVALUATION_BATCH))

@@ -552,6 +552,44 @@ def campaign(
 
 
 @app.command()
+def speed(
+    rows: Annotated[
+        list[str] | None,
+        typer.Argument(help="Rows to measure, like sam-step or 'sam-step/wrn*'; all unless given."),
+    ] = None,
+    data_dir: DataDir = _DATA,
+    results_dir: ResultsDir = _RESULTS,
+    device: Device = "auto",
+    show: Annotated[bool, typer.Option(help="Only show what was measured.")] = False,
+) -> None:
+    """Measure speed side by side with what one would use instead, and with the arithmetic."""
+    import torch
+
+    from benchmarks.speed import suite, table
+    from benchmarks.speed.row import Bench
+    from benchmarks.worker import choose_device, device_name
+
+    console = Console(highlight=False)
+    computes = choose_device(device)
+    here = table.machine(device_name(computes), torch.get_num_threads())
+    file = table.file_of(results_dir / "speed", here["device"], here["threads"])
+    chosen = suite.choose(rows or (), computes.type)
+    if show:
+        console.print(table.show(table.read(file)))
+        return
+    bench = Bench(computes, data_dir)
+    for number, (row, variant) in enumerate(chosen, 1):
+        name = suite.name_of(row, variant)
+        console.print(f"{number}/{len(chosen)} {name}: {row.compares}", markup=False, style="dim")
+        result = suite.measure(bench, row, variant)
+        if table.merge(file, here, [result], suite.names()):
+            console.print("what was measured on another machine or other packages was dropped")
+    measured = {suite.name_of(row, variant) for row, variant in chosen}
+    console.print(table.show(r for r in table.read(file) if r.row in measured))
+    console.print(f"in {file}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def doctor(data_dir: DataDir = _DATA, runs_dir: RunsDir = _RUNS) -> None:
     """Check data sets, packages, device, disk and write access."""
     from benchmarks.doctor import examine

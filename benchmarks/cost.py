@@ -4,19 +4,18 @@ Free of PyTorch. The times of one step are measured (``benchmarks.calibrate``) a
 ``Calibration``, or estimated from counted floating-point operations (``Estimate``).
 """
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
-from benchmarks.environment import packages
+from benchmarks.environment import packages, slug
 from benchmarks.errors import UserError
 from benchmarks.files import read_json, write_json
 from benchmarks.plan import Plan
 from benchmarks.run import Run, RunSettings
-from benchmarks.settings import DataSettings, NetworkSettings, Strict
+from benchmarks.settings import DataSettings, NetworkSettings, OffUnlessSaid, Strict
 from pof.settings import AugmentationSettings
 
 SCHEMA = 1
@@ -106,6 +105,7 @@ class Key(Strict):
         batch_size: Images a batch.
         precision: Of forward and backward.
         channels_last: Memory format.
+        compile: Whether the feature extractor is compiled.
         algorithm: ``sgd``, ``sam`` or ``pof``.
         detail: Those settings of the algorithm that change its arithmetic.
         threads: Of the worker.
@@ -120,6 +120,7 @@ class Key(Strict):
     batch_size: int
     precision: str
     channels_last: bool
+    compile: OffUnlessSaid = False
     algorithm: str
     detail: str
     threads: int
@@ -150,6 +151,7 @@ def key_of(settings: RunSettings, worker: WorkerKind, torch: str | None = None) 
         batch_size=settings.batch_size,
         precision=settings.precision,
         channels_last=settings.channels_last,
+        compile=settings.compile,
         algorithm=settings.algorithm,
         detail=detail,
         threads=worker.threads,
@@ -273,8 +275,7 @@ def start_key(worker: WorkerKind) -> str:
 
 def calibration_file(runs_dir: Path, device: str) -> Path:
     """Where the measurements of a device are kept."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    return runs_dir / FOLDER / f"{slug or 'device'}.json"
+    return runs_dir / FOLDER / f"{slug(device)}.json"
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ _ROOT = Path(__file__).parent.parent
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 
 
-def packages() -> dict[str, str]:
-    """Installed versions of the packages that can move a number."""
+def packages(names: Sequence[str] = _PACKAGES) -> dict[str, str]:
+    """Installed versions of packages; unless named, of those that can move a number."""
     found = {}
-    for name in _PACKAGES:
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -38,6 +40,11 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def slug(device: str) -> str:
+    """A device's name as the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "device"
 
 
 def slurm() -> dict[str, str]:

@@ -148,6 +148,7 @@ def _stages(
             schedule=cell.schedule,
             precision=training.precision,
             channels_last=training.channels_last,
+            compile=training.compile,
             algorithm=algorithm,  # type: ignore[arg-type]
             sam=cell.sam if algorithm == "sam" else None,
             pof=profile.pof_variant(variant, cell) if algorithm == "pof" else None,

@@ -11,7 +11,13 @@ from typing import Literal
 from pydantic import TypeAdapter
 
 from benchmarks.files import canonical_json, sha256
-from benchmarks.settings import AugmentationName, DataSettings, NetworkSettings, Strict
+from benchmarks.settings import (
+    AugmentationName,
+    DataSettings,
+    NetworkSettings,
+    OffUnlessSaid,
+    Strict,
+)
 from pof.settings import (
     AugmentationSettings,
     OptimizerSettings,
@@ -39,6 +45,7 @@ class RunSettings(Strict):
         schedule: Of the learning rate.
         precision: Of forward and backward.
         channels_last: Memory format (it moves rounding).
+        compile: Whether the feature extractor is compiled (it moves rounding).
         algorithm: What trains in this stage.
         sam: With ``algorithm = "sam"``.
         pof: With ``algorithm = "pof"``.
@@ -58,6 +65,7 @@ class RunSettings(Strict):
     schedule: ScheduleSettings
     precision: Literal["fp32", "bf16"]
     channels_last: bool
+    compile: OffUnlessSaid = False
     algorithm: Literal["sgd", "sam", "pof"]
     sam: SAMSettings | None
     pof: PoFSettings | None

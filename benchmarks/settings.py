@@ -45,6 +45,10 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+# A setting that is written down only where it is on: without it, a run is what it always was.
+OffUnlessSaid = Annotated[bool, Field(exclude_if=lambda on: not on)]
+
+
 class DataSettings(Strict):
     """Which images are trained and tested on.
 
@@ -77,6 +81,9 @@ class TrainingSettings(Strict):
         batch_size: Images a batch.
         precision: ``fp32``, or ``bf16``: autocast, weights kept in fp32.
         channels_last: Memory format of images and weights.
+        compile: Whether the feature extractor is compiled (``torch.compile``): faster steps after
+            a minute's wait at the start of a run. It moves rounding, and the same bits at every
+            start are not promised; runs say so.
         evaluate_every: Epochs between evaluations; the last epoch always is. It changes what is
             recorded, not what is trained.
     """
@@ -86,6 +93,7 @@ class TrainingSettings(Strict):
     batch_size: Annotated[int, Field(gt=0)] = 256
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
+    compile: OffUnlessSaid = False
     evaluate_every: Annotated[int, Field(gt=0)] = 1
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import assembly, checkpoint, environment
+from benchmarks import assembly, checkpoint, compilation, environment
 from benchmarks.errors import UserError
 from benchmarks.files import CannotWrite, sha256
+from benchmarks.memory import keep_freed_memory
 from benchmarks.plan import Plan
 from benchmarks.run import SCHEMA, Run
 from benchmarks.store import Busy, RunFolder, State, Store
@@ -63,9 +64,16 @@ def compute_deterministically() -> None:
     """Same settings, same seed, same machine: same bits. Full precision where fp32 is asked."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # read by nobody, and not free
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def prepare_process() -> None:
+    """What holds for a whole process that trains: its arithmetic, and what it does with memory."""
+    compute_deterministically()
+    keep_freed_memory()
 
 
 def carry_out(run: Run, folder: RunFolder, work: Callable[[], bool]) -> tuple[Ending, str]:
@@ -132,7 +140,7 @@ class Worker:
         should_stop: Callable[[], bool] = lambda: False,
         checkpoint_seconds: float = CHECKPOINT_SECONDS,
     ) -> None:
-        compute_deterministically()
+        prepare_process()
         self.store = store
         self.plan = plan
         self.data_dir = data_dir
@@ -149,7 +157,13 @@ class Worker:
             How it ended, and in one line why if it did not end well.
         """
         folder = self.store.folder(run)
-        return carry_out(run, folder, lambda: _Attempt(self, run, folder).train())
+
+        def train() -> bool:
+            measured = compilation.measured if run.settings.compile else compilation.unmeasured
+            with measured() as compiling:
+                return _Attempt(self, run, folder, compiling).train()
+
+        return carry_out(run, folder, train)
 
     def dataset(self, name: str) -> data.Dataset:
         """A data set, read once a process."""
@@ -178,10 +192,13 @@ class Worker:
 class _Attempt:
     """One process's work on one run, from its last checkpoint on."""
 
-    def __init__(self, worker: Worker, run: Run, folder: RunFolder) -> None:
+    def __init__(
+        self, worker: Worker, run: Run, folder: RunFolder, compiling: compilation.Compiling
+    ) -> None:
         self.worker = worker
         self.run = run
         self.folder = folder
+        self.compiling = compiling
         self.settings = run.settings
         self.warnings: list[str] = []
         self.starts = 0
@@ -346,6 +363,11 @@ class _Attempt:
             "warnings": self.warnings
             + [f"earlier attempt failed: {reason}" for reason in self.folder.earlier_failures()],
         }
+        if self.settings.compile:
+            result["compiled"] = {
+                "seconds": round(self.compiling.seconds, 3),  # of the last start
+                "bits": "not promised: a resumed or repeated run may differ by rounding",
+            }
         if self.settings.pof is not None:
             result["runaway"] = is_runaway([_with_nan(record) for record in history])
             result["capped_share"] = sum(r["capped_share"] for r in history) / len(history)

@@ -152,11 +152,13 @@ def _loss(margins: Tensor, rates: Tensor, xi: Tensor) -> Tensor:
 
 def _fall(margins: Tensor, rates: Tensor, xi: Tensor, classes: int) -> Tensor:
     """−N L′(ξ), the rates expected under the softmax, at the trial ranges (K,)."""
-    p = torch.addcmul(margins, xi[:, None, None], rates, value=-1.0).softmax(1 + classes)
+    p = torch.addcmul(margins, xi.view(-1, 1, 1), rates, value=-1.0).softmax(1 + classes)
     return torch.mv(p.view(len(xi), -1), rates.view(-1))
 
 
-def _newton_step(margins: Tensor, rates: Tensor, xi: Tensor, classes: int) -> Tensor:
+def _newton_step(
+    margins: Tensor, rates: Tensor, xi: Tensor, classes: int, signs: tuple[Tensor, Tensor]
+) -> Tensor:
     """Newton's step from ``xi`` to the root of L′.
 
     −L′ = A − B, where A sums the classes that fall behind the target and B those that gain on it.
@@ -164,11 +166,11 @@ def _newton_step(margins: Tensor, rates: Tensor, xi: Tensor, classes: int) -> Te
     straight where L′ itself may turn sharply.
     """
     weighted = torch.addcmul(margins, xi, rates, value=-1.0).softmax(classes).mul_(rates)
-    parts = torch.stack([weighted.clamp_min(0.0), weighted.clamp_max(0.0)])  # of A and −B
-    totals = parts.sum((1, 2))
-    excess = weighted.sum(classes, keepdim=True) - rates
-    a, b = (parts.mul_(excess).sum((1, 2)) / totals).unbind()  # log A and log B, differentiated
-    return -(totals[0] / -totals[1]).log() / (a - b)
+    parts = torch.clamp(weighted, *signs)  # of A and −B
+    total_a, total_b = (totals := parts.sum((1, 2))).unbind()
+    excess = weighted.sum(classes, keepdim=True).sub(rates)
+    a, b = parts.mul_(excess).sum((1, 2)).div_(totals).unbind()  # log A and log B, differentiated
+    return (total_a / total_b).neg_().log_().div_(b - a)
 
 
 def _exact_search(margins: Tensor, rates: Tensor, cap: Tensor) -> Range:
@@ -181,22 +183,34 @@ def _exact_search(margins: Tensor, rates: Tensor, cap: Tensor) -> Range:
     if margins.shape[1] < _FEW_CLASSES:
         margins, rates, classes = margins.mT, rates.mT, 0
     margins, rates = margins.contiguous(), rates.contiguous()
-    low, width = cap.log2() - _OCTAVES, float(_OCTAVES)
-    downhill, capped = (_fall(margins, rates, torch.stack([low.exp2(), cap]), classes) > 0).unbind()
+    sections = torch.arange(_SECTIONS, dtype=cap.dtype, device=cap.device)
+    low, width = cap.log2() - _OCTAVES, _OCTAVES / _SECTIONS
+    trials = torch.add(low, sections, alpha=width).exp2_()
+    falls = _fall(margins, rates, torch.cat([trials, cap.view(1)]), classes) > 0
+    downhill, capped = falls[0], falls[_SECTIONS]
     # Where the true class gains on every other one, the loss falls forever, also where the
     # probabilities that its slope is made of are too small for a floating-point number.
     least, most = rates.aminmax()
     capped = capped | ((least >= 0) & (most > 0))
-    sections = torch.arange(1, _SECTIONS, dtype=low.dtype, device=low.device)
-    for _ in range(_PASSES):
+    low = torch.add(low, falls[1:_SECTIONS].sum(), alpha=width)
+    inner = sections[1:]
+    for _ in range(_PASSES - 1):
         width /= _SECTIONS
-        trials = torch.add(low, sections, alpha=width).exp2_()
+        trials = torch.add(low, inner, alpha=width).exp2_()
         low = torch.add(low, (_fall(margins, rates, trials, classes) > 0).sum(), alpha=width)
-    low, high = low.exp2(), (low + width).exp2()
+    low, high = low.exp2(), (low + width).exp2_()
     xi = 0.5 * (low + high)
+    signs = _bounds(margins)
     for _ in range(_NEWTON_STEPS):
-        xi = (xi + _newton_step(margins, rates, xi, classes).nan_to_num()).clamp(low, high)
+        step = _newton_step(margins, rates, xi, classes, signs)
+        xi = step.nan_to_num_().add_(xi).clamp_(low, high)
     return Range(torch.where(capped, cap, torch.where(downhill, xi, 0.0)), capped)
+
+
+def _bounds(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds (2, 1, 1): a tensor clamped to them is its parts above and below 0."""
+    none, zero = like.new_full((1, 1, 1), torch.inf), like.new_zeros(1, 1, 1)
+    return torch.cat([zero, -none]), torch.cat([none, zero])
 
 
 def _grid_search(margins: Tensor, rates: Tensor, cap: Tensor, unit: Tensor | float) -> Range:

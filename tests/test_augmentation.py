@@ -147,3 +147,27 @@ def test_normalisation_is_torchvisions():
         found = normalise(pixels).permute(0, 3, 1, 2)
         assert found.dtype == dtype
         assert float((found.double() - expected).abs().max()) < tolerance
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (5, 4)])
+def test_the_gather_is_plain_slicing_with_the_same_draws(size, channels):
+    pixels = random_pixels(40, size, size, channels)
+    found = make(seed=5).crop_and_flip(pixels)
+    generator = torch.Generator().manual_seed(5)
+    rows, flips, columns = (torch.randint(high, (40,), generator=generator) for high in (9, 2, 9))
+    for image, out, row, flip, column in zip(pixels, found, rows, flips, columns, strict=True):
+        padded = torch.zeros(size + 8, size + 8, channels, dtype=torch.uint8)
+        padded[4:-4, 4:-4] = image
+        crop = padded[row : row + size, column : column + size]
+        assert torch.equal(out, crop.flip(1) if flip else crop)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 32, 7])
+def test_normalising_whole_lines_gives_the_bits_of_pixel_after_pixel(size, channels):
+    settings = (0.4914, 0.4822, 0.4465)[:channels], (0.2023, 0.1994, 0.2010)[:channels]
+    normalise = Normalise(*settings, device=torch.device("cpu"))
+    values = torch.arange(256, dtype=torch.uint8).repeat_interleave(size * size * channels)
+    pixels = values.view(256, size, size, channels)
+    plain = torch.addcmul(normalise._shift, pixels.float(), normalise._scale)
+    assert torch.equal(normalise(pixels), plain)

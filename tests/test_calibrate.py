@@ -56,7 +56,7 @@ def test_every_method_is_measured_without_data(tmp_path, algorithm, monkeypatch)
 
 def test_a_block_of_steps_is_as_many_steps_as_asked_for(tmp_path):
     settings = make_plan(tmp_path).runs[0].settings
-    subject = calibrate._random_subject(settings, CPU, calibrate._images(settings))
+    subject = calibrate.random_subject(settings, CPU, calibrate._images(settings))
     trainer = calibrate.assembly.build_trainer(settings, subject, CPU)
     per_epoch = trainer.batches.per_epoch
     assert per_epoch == 6

@@ -1,0 +1,1 @@
+"""The performance suite: this project beside what its users would pick instead, and its limits."""

@@ -1,0 +1,241 @@
+"""The performance suite: its arithmetic on a clock of our own, and every row at a tiny size."""
+
+import csv
+import dataclasses
+import io
+import statistics
+
+import pytest
+import torch
+
+from benchmarks.errors import UserError
+from benchmarks.speed import core, curvature, harness, row, subjects, suite, table
+from benchmarks.speed.row import Bench, Row, Scale, Variant
+from benchmarks.speed.table import Result
+from tests.harness import profile_file
+
+CPU = torch.device("cpu")
+TINY = Scale(
+    batch_size=8,
+    images=24,
+    trained_images=48,
+    trained_epochs=2,
+    whole_set=64,
+    slow_set=32,
+    network_set=16,
+    calibration_seconds=0.01,
+    effort=core.Effort(repetitions=1, seconds=0.0),
+)
+
+
+@pytest.fixture(autouse=True)
+def _leave_torch_as_it_was():
+    threads = torch.get_num_threads()
+    state = torch.get_rng_state()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    torch.use_deterministic_algorithms(False)
+
+
+class Clock:
+    """Time that passes only in calls, and in what disturbs them."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.order = []
+
+    def __call__(self):
+        return self.now
+
+    def side(self, name, seconds):
+        durations = iter(seconds) if not isinstance(seconds, float) else None
+
+        def call():
+            self.order.append(name)
+            self.now += seconds if durations is None else next(durations)
+
+        return call
+
+
+def test_sides_are_timed_in_turn_and_warmed_up_first():
+    clock = Clock()
+    effort = core.Effort(repetitions=3, seconds=0.0, warm_up=2)
+    sides = {"a": clock.side("a", 2.0), "b": clock.side("b", 1.0)}
+    timed = core.alternate(sides, effort, clock=clock)
+    assert clock.order == ["a", "a", "b", "b", *["a", "b"] * 3]
+    assert timed == {"a": [2.0] * 3, "b": [1.0] * 3}
+
+
+def test_a_disturbance_of_both_sides_leaves_the_paired_ratio():
+    clock = Clock()
+    slow = [1.0, 1.0, 3.0, 1.0, 5.0, 1.0, 1.0, 1.0]  # the first is the warm-up
+    sides = {
+        "a": clock.side("a", [2.0 * s for s in slow]),
+        "b": clock.side("b", slow),
+    }
+    timed = core.alternate(sides, core.Effort(seconds=0.0), clock=clock)
+    found = core.ratios(timed["a"], timed["b"])
+    assert found == [2.0] * 7
+    assert core.median_and_spread(found) == (2.0, 0.0)
+
+
+def test_short_calls_are_timed_together_and_time_is_used_up():
+    clock = Clock()
+    timed = core.alternate(
+        {"a": clock.side("a", 0.01)}, core.Effort(repetitions=1, seconds=1.0), clock=clock
+    )
+    assert len(clock.order) == 1 + 5 * len(timed["a"])
+    assert timed["a"] == pytest.approx([0.01] * 20, rel=1e-9)
+
+
+def test_what_comes_before_a_side_is_not_timed_and_the_device_is_waited_for():
+    clock = Clock()
+    waiting = clock.side("wait", 0.25)
+    timed = core.alternate(
+        {"a": clock.side("a", 1.0)},
+        core.Effort(repetitions=1, seconds=0.0),
+        before={"a": clock.side("before", 100.0)},
+        synchronise=waiting,
+        clock=clock,
+    )
+    assert clock.order[-4:] == ["before", "wait", "a", "wait"]
+    assert timed["a"] == [1.25]
+
+
+def test_the_spread_is_between_the_quartiles():
+    values = [5.0, 1.0, 2.0, 4.0, 3.0]
+    assert core.median_and_spread(values) == (3.0, 2.0)
+    assert core.median_and_spread([7.0]) == (7.0, 0.0)
+    assert core.median_and_spread(values)[0] == statistics.median(values)
+
+
+def bench(tmp_path):
+    return Bench(CPU, tmp_path, TINY)
+
+
+def made_up(measure, **changes):
+    return Row("a", "what", measure, **{"goal": 2.0, **changes})
+
+
+@pytest.mark.parametrize(
+    ("values", "at_least", "met"),
+    [([1.0, 2.0, 9.0], False, "yes"), ([2.1], False, "no"), ([2.1], True, "yes")],
+)
+def test_a_goal_is_met_by_the_median(tmp_path, values, at_least, met):
+    r = suite.measure(bench(tmp_path), made_up(lambda *_: values, at_least=at_least), Variant("v"))
+    assert (r.row, r.met, r.repetitions) == ("a/v", met, str(len(values)))
+    assert float(r.value) == statistics.median(values)
+
+
+def test_a_missing_peer_is_said_in_its_row(tmp_path):
+    def measure(*_):
+        row.peer("a_module_that_nobody_has", "a-package")
+
+    r = suite.measure(bench(tmp_path), made_up(measure), Variant(""))
+    assert (r.value, r.met) == ("", "")
+    assert "a-package is not installed" in r.missing
+    assert "a-package" in render(table.show([r]))
+
+
+def render(shown):
+    from rich.console import Console
+
+    console = Console(width=200, file=io.StringIO())
+    console.print(shown)
+    return console.file.getvalue()
+
+
+def result(name, value):
+    fields = {f.name: "" for f in dataclasses.fields(Result)}
+    return Result(**fields | {"row": name, "value": value})
+
+
+def test_rows_measured_alone_are_merged_in_order(tmp_path):
+    path = tmp_path / "speed" / "a.csv"
+    order = ["one", "two", "three"]
+    assert not table.merge(path, {"cpu": "x"}, [result("three", "3")], order)
+    assert not table.merge(path, {"cpu": "x"}, [result("one", "1"), result("gone", "0")], order)
+    assert not table.merge(path, {"cpu": "x"}, [result("three", "4")], order)
+    with path.open() as file:
+        assert [(r["row"], r["value"]) for r in csv.DictReader(file)] == [
+            ("one", "1"),
+            ("three", "4"),
+        ]
+
+
+def test_results_of_another_machine_are_not_mixed_in(tmp_path):
+    path = tmp_path / "a.csv"
+    table.merge(path, {"torch": "1"}, [result("one", "1")], ["one", "two"])
+    assert table.merge(path, {"torch": "2"}, [result("two", "2")], ["one", "two"])
+    assert [r.row for r in table.read(path)] == ["two"]
+
+
+def test_rows_are_chosen_by_name_variant_and_pattern():
+    def chosen(*asked):
+        return [suite.name_of(r, v) for r, v in suite.choose(asked, "cpu")]
+
+    assert set(suite.names()) - set(chosen()) == {
+        f"{name}/{v.name}" for name in ("bf16-step", "host-waits") for v in subjects.VARIANTS
+    }
+    assert chosen("sam-step/wrn_10_1-28") == ["sam-step/wrn_10_1-28"]
+    assert len(chosen("sam-step")) == 4
+    assert chosen("range-search", "sam-step/*-28") == [
+        "sam-step/wrn_10_1-28",
+        "sam-step/resnet10t-28",
+        "range-search/wrn_10_1-28",
+    ]
+    with pytest.raises(UserError, match="no row 'nothing'; there are: sam-step"):
+        suite.choose(["sam-step", "nothing"], "cpu")
+
+
+@pytest.fixture
+def on_digits(monkeypatch):
+    """Rows that need a trained network take one on the bundled digits."""
+    small = Variant("small", "wrn_10_1", "digits")
+    monkeypatch.setattr("benchmarks.speed.subjects.SMALL", small)
+    return small
+
+
+@pytest.fixture
+def _small_profile(tmp_path, monkeypatch):
+    changes = {"datasets": ["cifar10"], "methods": ["sgd"], "training": {"post_epochs": 0}}
+    monkeypatch.setattr(harness, "_PROFILE", str(profile_file(tmp_path, changes)))
+
+
+@pytest.fixture
+def _compiled_by_eager(monkeypatch):
+    """Compiled code need not be fast here, and is there at once."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda m, **options: compile_module(m, backend="eager", **options),
+    )
+    yield
+    torch.compiler.reset()
+
+
+def cheapest():
+    """Every row, on its cheapest variant."""
+    return [(r, (r.variants or (Variant(""),))[0]) for r in suite.ROWS if r.device in (None, "cpu")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "variant"), [pytest.param(r, v, id=r.name) for r, v in cheapest()]
+)
+@pytest.mark.usefixtures("_compiled_by_eager", "_small_profile")
+def test_every_row_runs_at_a_tiny_size(tmp_path, chosen, variant, on_digits):
+    r = suite.measure(bench(tmp_path), chosen, variant)
+    assert r.missing == ""
+    assert float(r.value) >= 0.0
+
+
+def test_the_residual_of_a_peers_vector_is_that_of_the_matrix():
+    matrix = torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64))
+    theirs = curvature._PyHessian.__new__(curvature._PyHessian)
+    theirs.vector = [torch.tensor([0.6]), torch.tensor([0.8, 0.0])]
+    v = torch.tensor([0.6, 0.8, 0.0], dtype=torch.float64)
+    value = v @ matrix @ v
+    expected = float((matrix @ v - value * v).norm() / value)
+    assert theirs.residual(matrix) == pytest.approx(expected, rel=1e-6)
