@@ -27,7 +27,7 @@ class Effort:
     """
 
     repetitions: int = REPETITIONS
-    seconds: float = 15.0
+    seconds: float = 8.0
     warm_up: int = 1
 
 

@@ -38,7 +38,7 @@ class Scale:
 
     Attributes:
         batch_size: Images a training step.
-        images: Random images that training batches are drawn from.
+        images: Random images that training batches are drawn from (a quarter for the ResNet).
         trained_images: Real images that the network of the curvature rows is trained on.
         trained_epochs: For how long.
         whole_set: Images of a classifier's Hessian.

@@ -65,7 +65,8 @@ def trainer(bench: Bench, variant: Variant, algorithm: str, **changes: Any) -> T
     """What trains such a run, on random images, at a rate at which noise cannot diverge."""
     prepare_process()
     chosen = calibrate.gently(settings(bench, variant, algorithm, **changes))
-    count = bench.scale.images
+    wrn = variant.backbone.startswith("wrn")
+    count = bench.scale.images if wrn else max(bench.scale.images // 4, bench.scale.batch_size)
     subject = calibrate.random_subject(chosen, bench.device, Images(count, 1), held=count)
     return assembly.build_trainer(chosen, subject, bench.device)
 
