@@ -64,7 +64,8 @@ def compute_deterministically() -> None:
     """Same settings, same seed, same machine: same bits. Full precision where fp32 is asked."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # read by nobody, and not free
+    # What is filled is read by nobody, and filling it is not free.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False

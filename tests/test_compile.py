@@ -40,10 +40,10 @@ def backend(monkeypatch, name):
 
 def test_a_compiled_run_trains_the_same_to_rounding_and_says_what_it_gave_up(tmp_path, monkeypatch):
     fingerprint = {"digits": data.load("digits", tmp_path).fingerprint}
+    asked = backend(monkeypatch, "aot_eager")
     stores = {}
     try:
         for name, changes in (("plain", {"methods": ["sgd"]}), ("compiled", ON)):
-            asked = backend(monkeypatch, "aot_eager")
             plan = make_plan(tmp_path, changes, fingerprints=fingerprint)
             store = Store(tmp_path / name)
             worker = Worker(store, plan, tmp_path, device=torch.device("cpu"))

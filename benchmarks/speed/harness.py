@@ -42,7 +42,7 @@ def _jobs(bench: Bench, _: Variant) -> list[float]:
                     )
                     source = forecast.Calibrated(measured, worker)
                     predicted = forecast.predict(plan, source, Estimate(None, 1.0))
-                    seconds.append(predicted.schedule(predicted.machine(jobs)).makespan)
+                    seconds.append(predicted.schedule(jobs).makespan)
     finally:
         torch.set_num_threads(threads)
     return ratios(timed[2], timed[1])
