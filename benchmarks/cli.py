@@ -46,6 +46,11 @@ SplitBy = Annotated[
     ),
 ]
 
+SplitOption = Annotated[Literal["train", "test", "both"], typer.Option(help="On whose images.")]
+SamplesOption = Annotated[
+    int | None, typer.Option(min=1, help="At most so many images, drawn at random.")
+]
+
 _CLOSED = "closed; the jobs go on: the same command follows them, `make cancel` ends them"
 _DATA, _RUNS, _RESULTS = Path("data"), Path("runs"), Path("results")
 
@@ -84,6 +89,37 @@ def reproduce_table(
     cluster: ClusterFile = None,
 ) -> None:
     """Train what a profile asks for and is not trained yet, and write its table."""
+    tables, complete = _train(
+        profile=profile,
+        jobs=jobs,
+        data_dir=data_dir,
+        runs_dir=runs_dir,
+        results_dir=results_dir,
+        device=device,
+        retry_failed=retry_failed,
+        max_gpu_hours=max_gpu_hours,
+        executor=executor,
+        cluster=cluster,
+    )
+    _print(f"\n{tables}")
+    if not complete:
+        sys.exit(1)
+
+
+def _train(
+    *,
+    profile: str,
+    jobs: int,
+    data_dir: Path,
+    runs_dir: Path,
+    results_dir: Path,
+    device: str,
+    executor: Literal["local", "slurm"],
+    cluster: Path | None,
+    retry_failed: bool = False,
+    max_gpu_hours: float | None = None,
+) -> tuple[str, bool]:
+    """Train what is missing and write the results; their tables, and whether every run is done."""
     from benchmarks import cost, forecast, inventory, settings
     from benchmarks import plan as planning
     from benchmarks.display import Display, counts_line
@@ -158,13 +194,10 @@ def reproduce_table(
     tell(counts_line(sweep.states))
     if failed and not retry_failed:
         tell(f"{len(failed)} runs had failed before and were not tried again (--retry-failed)")
-    tell("")
-    tell(tables)
     at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers
     if launch is not None and (compared := forecast.after_sweep(launch, store, wall, at_once)):
         console.print(compared)
-    if sweep.unfinished():
-        sys.exit(1)
+    return tables, not sweep.unfinished()
 
 
 @app.command()
@@ -289,13 +322,18 @@ def hessian(
     matrix: Annotated[
         Literal["hessian", "gauss-newton"], typer.Option(help="Which matrix of the block.")
     ] = "hessian",
-    split: Annotated[
-        Literal["train", "test", "both"], typer.Option(help="On whose images.")
-    ] = "both",
+    split: SplitOption = "both",
     top: Annotated[int, typer.Option(min=1, help="How many of the largest eigenvalues.")] = 10,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="At most so many images, drawn at random.")
-    ] = None,
+    samples: SamplesOption = None,
+    trace_probes: Annotated[
+        int, typer.Option(min=2, help="Random vectors that a block's trace is estimated from.")
+    ] = 30,
+    density_probes: Annotated[
+        int, typer.Option(min=1, help="Lanczos runs that a spectral density is averaged over.")
+    ] = 4,
+    density_steps: Annotated[
+        int, typer.Option(min=1, help="Products with the matrix in each of these runs.")
+    ] = 50,
     jobs: Annotated[
         int, typer.Option(min=0, help="Worker processes for what is still to be trained.")
     ] = 0,
@@ -320,20 +358,17 @@ def hessian(
     from benchmarks.store import Store
     from benchmarks.worker import choose_device
 
-    complete = True
-    try:
-        reproduce_table(
-            profile=profile,
-            jobs=jobs,
-            data_dir=data_dir,
-            runs_dir=runs_dir,
-            results_dir=results_dir,
-            device=device,
-            executor=executor,
-            cluster=cluster,
-        )
-    except SystemExit:
-        complete = False  # some run is not done: measure those that are
+    # Some run may not be done: those that are, are measured.
+    _, complete = _train(
+        profile=profile,
+        jobs=jobs,
+        data_dir=data_dir,
+        runs_dir=runs_dir,
+        results_dir=results_dir,
+        device=device,
+        executor=executor,
+        cluster=cluster,
+    )
     console = Console()
 
     def tell(line: str) -> None:
@@ -344,9 +379,12 @@ def hessian(
     request = measure.Request(
         block=block,
         matrix=matrix,
-        splits=("train", "test") if split == "both" else (split,),
+        splits=_splits(split),
         top=top,
         samples=samples,
+        trace_probes=trace_probes,
+        density_probes=density_probes,
+        density_steps=density_steps,
     )
     computes = choose_device("cpu" if executor == "slurm" else device)
     measurer = measure.Measurer(Store(runs_dir), planned, data_dir, computes, request)
@@ -367,9 +405,48 @@ def hessian(
         Store(runs_dir).publish(planned, Store(results_dir / name / "runs"))
         tables = write_report(results_dir / name)
         write_index(results_dir)
-    for line in (*amiss, "", tables):
-        tell(line)
+    _print("\n".join([*amiss, "", tables]))
     if amiss or not complete:
+        sys.exit(1)
+
+
+@app.command()
+def score(
+    authors: Annotated[
+        Path, typer.Option(help="Folder with the authors' files fet_N.pth and clf_N.pth.")
+    ],
+    dataset: Annotated[str, typer.Option(help="What they were trained on.")] = "cifar10",
+    split: SplitOption = "both",
+    samples: SamplesOption = None,
+    data_dir: DataDir = _DATA,
+    results_dir: ResultsDir = _RESULTS,
+    device: Device = "auto",
+) -> None:
+    """Score the authors' released checkpoints and measure the landscape around them."""
+    from benchmarks import authors as released
+    from benchmarks import measure, scoring
+    from benchmarks.assembly import load_dataset
+    from benchmarks.worker import choose_device
+    from pof.data import DATASETS
+
+    computes = choose_device(device)
+    pairs = released.pairs(authors)
+    if dataset not in DATASETS:
+        raise UserError(f"no data set {dataset!r}; there are: {', '.join(DATASETS)}")
+    images = load_dataset(dataset, data_dir)
+    request = measure.Request(splits=_splits(split), samples=samples)
+    records, refused = [], []
+    for pair in pairs:
+        try:
+            records += scoring.score(pair, images, computes, request, _print)
+        except UserError as error:
+            refused.append(f"error: {error}")
+    if records:
+        table = scoring.write(records, results_dir / "authors")
+        _print(f"\n{table}\n\nMore in {results_dir / 'authors'}/scores.csv and scores.json")
+    for line in refused:
+        _print(line)
+    if refused or not all(record["converged"] for record in records):
         sys.exit(1)
 
 
@@ -666,6 +743,10 @@ def measure(
 
 def _print(text: str) -> None:
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _splits(split: Literal["train", "test", "both"]) -> tuple[Literal["train", "test"], ...]:
+    return ("train", "test") if split == "both" else (split,)
 
 
 def _results(results_dir: Path, profile: str) -> Path:

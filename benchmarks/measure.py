@@ -24,6 +24,8 @@ from pof.hessian import (
     ClassifierHessian,
     Eigen,
     ImageBatches,
+    SpectralDensity,
+    SymmetricOperator,
     block_gauss_newton,
     block_hessian,
     cache_features,
@@ -34,6 +36,7 @@ from pof.hessian import (
 )
 from pof.hessian.eigen import DENSE_LIMIT
 from pof.landscape import (
+    BatchRanges,
     ClassifierLandscape,
     batch_ranges,
     direction_of,
@@ -67,6 +70,11 @@ class Request:
         tolerance: Relative residual that counts as converged. ``None``: 1e-6 for the
             classifier, whose arithmetic is float64, and 1e-4 for blocks by autograd in float32.
         max_iterations: Most products with the matrix.
+        trace_probes: Random vectors that the trace of a block by autograd is estimated from, a
+            product each (the classifier's is exact).
+        density_probes: Random vectors that the spectral density is averaged over (a classifier
+            that is small enough is solved in full).
+        density_steps: Lanczos steps, that is products, for each of those.
         seed: Of start vectors, subsets and batches.
     """
 
@@ -77,6 +85,9 @@ class Request:
     samples: int | None = None
     tolerance: float | None = None
     max_iterations: int = 500
+    trace_probes: int = 30
+    density_probes: int = 4
+    density_steps: int = 50
     seed: int = 0
 
     @property
@@ -172,7 +183,7 @@ class Measurer:
         }
         for split in self.request.splits:
             images = ImageBatches(
-                *_subset(*splits[split], self.request), subject.normalise, batch_size=500
+                *subset(*splits[split], self.request), subject.normalise, batch_size=500
             )
             setting = _Setting(network, images, split, settings.batch_size, cell.pof, self.request)
             header = {
@@ -224,17 +235,22 @@ def _is_whole(folder: RunFolder, name: str, request: Request) -> bool:
 
 
 def _request_of(request: Request) -> dict[str, Any]:
-    """What of a request can change a number."""
+    """What of a request can change a number; numbers of random vectors where they are unusual."""
+    counts = ("trace_probes", "density_probes", "density_steps")
     return {
         "top": request.top,
         "samples": request.samples,
         "tolerance": request.asked,
         "max_iterations": request.max_iterations,
         "seed": request.seed,
+    } | {
+        name: getattr(request, name)
+        for name in counts
+        if getattr(request, name) != getattr(Request, name)
     }
 
 
-def _subset(images: Tensor, labels: Tensor, request: Request) -> tuple[Tensor, Tensor]:
+def subset(images: Tensor, labels: Tensor, request: Request) -> tuple[Tensor, Tensor]:
     """All of a split, or a random subset that the request's seed names."""
     if request.samples is None or request.samples >= len(labels):
         return images, labels
@@ -262,45 +278,56 @@ def _classifier(setting: _Setting) -> Iterator[dict[str, Any]]:
     classifier = setting.network.classifier
     cache = cache_features(setting.network, setting.images)
     hessian = ClassifierHessian(cache, classifier.weight, classifier.bias)
-    eigen = top_eigenvalues(
+    eigen = classifier_eigenvalues(hessian, request)
+    yield _eigen_record(request, eigen) | {"trace": hessian.trace(), "trace_se": 0.0}
+    if hessian.shape[0] <= DENSE_LIMIT:
+        values = torch.linalg.eigvalsh(hessian.dense()).cpu()
+        weights = torch.full_like(values, 1.0 / len(values))
+    else:
+        estimate = _density(hessian, request)
+        values, weights = estimate.nodes, estimate.weights
+    yield _density_record(request, values, weights)
+    landscape = ClassifierLandscape(cache, classifier)
+    batch_size = setting.pof.range_batch_size or setting.batch_size
+    ranges = classifier_ranges(landscape, setting.pof, batch_size, request)
+    effective = effective_loss(landscape, hessian, ranges, setting.pof.gamma)
+    yield {
+        "kind": "range",
+        "batch_size": min(batch_size, len(setting.images.labels)),
+        "xi": ranges.xi.tolist(),
+        "capped": ranges.capped.tolist(),
+        "gradient_norm": ranges.gradient_norm.tolist(),
+        "gamma": setting.pof.gamma,
+        "loss": effective.loss,
+        "effective_measured": finite(effective.measured),
+        "effective_predicted": finite(effective.predicted),
+        "mean_curvature": finite(effective.curvature),
+    }
+    yield _landscape_record(landscape, eigen.vectors, ranges.xi[~ranges.capped], setting.pof)
+
+
+def classifier_eigenvalues(hessian: ClassifierHessian, request: Request) -> Eigen:
+    """The largest eigenvalues of a classifier's Hessian, two at least: they span a plane."""
+    return top_eigenvalues(
         hessian,
         min(max(request.top, 2), hessian.shape[0]),
         tolerance=request.asked,
         max_iterations=request.max_iterations,
         seed=request.seed,
     )
-    yield _eigen_record(request, eigen) | {"trace": hessian.trace(), "trace_se": 0.0}
-    if hessian.shape[0] <= DENSE_LIMIT:
-        values = torch.linalg.eigvalsh(hessian.dense()).cpu()
-        weights = torch.full_like(values, 1.0 / len(values))
-    else:
-        estimate = spectral_density(hessian, seed=request.seed)
-        values, weights = estimate.nodes, estimate.weights
-    yield _density_record(request, values, weights)
-    landscape = ClassifierLandscape(cache, classifier)
-    ranges = batch_ranges(
+
+
+def classifier_ranges(
+    landscape: ClassifierLandscape, pof: PoFSettings, batch_size: int, request: Request
+) -> BatchRanges:
+    """ξ* of so many mini-batches of a set."""
+    return batch_ranges(
         landscape,
-        setting.pof,
-        batch_size=setting.pof.range_batch_size or setting.batch_size,
+        pof,
+        batch_size=batch_size,
         batches=_RANGE_BATCHES,
         seed=seed_for(request.seed, "range batches"),
     )
-    effective = effective_loss(landscape, hessian, ranges, setting.pof.gamma)
-    yield {
-        "kind": "range",
-        "batch_size": min(
-            setting.pof.range_batch_size or setting.batch_size, len(setting.images.labels)
-        ),
-        "xi": ranges.xi.tolist(),
-        "capped": ranges.capped.tolist(),
-        "gradient_norm": ranges.gradient_norm.tolist(),
-        "gamma": setting.pof.gamma,
-        "loss": effective.loss,
-        "effective_measured": _number(effective.measured),
-        "effective_predicted": _number(effective.predicted),
-        "mean_curvature": _number(effective.curvature),
-    }
-    yield _landscape_record(landscape, eigen.vectors, ranges.xi[~ranges.capped], setting.pof)
 
 
 def _landscape_record(
@@ -339,15 +366,15 @@ def _block(setting: _Setting) -> Iterator[dict[str, Any]]:
         max_iterations=request.max_iterations,
         seed=request.seed,
     )
-    estimate = trace(operator, seed=request.seed)
+    estimate = trace(operator, probes=request.trace_probes, seed=request.seed)
     yield _eigen_record(request, top) | {
         "smallest": low.values.tolist(),
-        "smallest_residuals": [_number(r) for r in low.residuals.tolist()],
+        "smallest_residuals": [finite(r) for r in low.residuals.tolist()],
         "smallest_converged": low.converged.tolist(),
         "trace": estimate.value,
         "trace_se": estimate.standard_error,
     }
-    density = spectral_density(operator, seed=request.seed)
+    density = _density(operator, request)
     yield _density_record(request, density.nodes, density.weights)
 
 
@@ -358,13 +385,19 @@ def _eigen_record(request: Request, eigen: Eigen) -> dict[str, Any]:
         "matrix": request.matrix,
         "weight_decay": 0.0,
         "eigenvalues": eigen.values.tolist(),
-        "residuals": [_number(r) for r in eigen.residuals.tolist()],
+        "residuals": [finite(r) for r in eigen.residuals.tolist()],
         "converged": eigen.converged.tolist(),
         "tolerance": eigen.tolerance,
         "iterations": eigen.iterations,
         "start_seed": eigen.seed,
         "solver": eigen.solver,
     }
+
+
+def _density(operator: SymmetricOperator, request: Request) -> SpectralDensity:
+    return spectral_density(
+        operator, runs=request.density_probes, steps=request.density_steps, seed=request.seed
+    )
 
 
 def _density_record(request: Request, nodes: Tensor, weights: Tensor) -> dict[str, Any]:
@@ -378,6 +411,6 @@ def _density_record(request: Request, nodes: Tensor, weights: Tensor) -> dict[st
     }
 
 
-def _number(value: float) -> float | None:
-    """JSON has no NaN or infinity: a number that does not exist is null."""
+def finite(value: float) -> float | None:
+    """A number for a file: JSON has no NaN or infinity: a number that does not exist is null."""
     return value if value - value == 0.0 else None

@@ -11,6 +11,7 @@ from benchmarks import assembly, checkpoint
 from benchmarks import plan as planning
 from benchmarks.measure import Measurer, Request
 from benchmarks.report import write_report
+from benchmarks.report.landscape import _turned
 from benchmarks.store import Store
 from benchmarks.worker import Ending, Worker
 from tests.harness import files_of, make_plan
@@ -100,22 +101,48 @@ def test_the_effective_loss_is_measured_below_no_perturbation_and_near_its_predi
     assert np.isfinite([found["effective_measured"], found["effective_predicted"]]).all()
 
 
+def test_the_numbers_of_random_vectors_are_part_of_what_was_asked_for(trained):
+    store, plan, folder = trained
+    block = {"block": "feature_extractor.bn_out", "splits": ("test",), "top": 1, "samples": 10}
+    few = {"trace_probes": 2, "density_probes": 2, "density_steps": 3}
+    run, name = plan.runs[0], "feature_extractor.bn_out-test.json"
+    Measurer(store, plan, folder, CPU, Request(**block, **few)).measure(run)
+    density = measurement(store, run, f"density-{name}")
+    assert len(density["nodes"]) == 2 * 3
+    assert few.items() <= density["request"].items()
+    assert run not in Measurer(store, plan, folder, CPU, Request(**block, **few)).to_do()
+    assert run in Measurer(store, plan, folder, CPU, Request(**block)).to_do()
+
+
+def test_an_eigenvector_is_drawn_alike_whichever_sign_it_came_with():
+    line = np.array([0.8, 0.1, 0.3])
+    plane = np.add.outer([3.0, 0.0, 1.0], line)
+    np.testing.assert_array_equal(_turned(line), [0.8, 0.1, 0.3][::-1])
+    for rows in (1, -1):
+        for columns in (1, -1):
+            turned = _turned(plane[::rows, ::columns])
+            np.testing.assert_array_equal(turned, plane[::-1, ::-1])
+
+
 def test_a_solver_cut_short_says_so_and_its_number_is_in_no_table(trained, tmp_path):
     store, plan, folder = trained
     results = tmp_path / "results" / "tiny"
     exact = Measurer(store, plan, folder, CPU, Request(top=3))
     for run in plan.runs:
         exact.measure(run)
-    store.publish(plan, Store(results / "runs"))
-    plan.write(results / planning.FILE)
-    write_report(results)
-    assert "classifier" in (results / "hessian.csv").read_text()
     cut = Request(block="classifier", top=3, max_iterations=3)
     run = plan.runs[-1]
     unfinished = Measurer(store, plan, folder, CPU, cut)
     # The tiny matrix would be solved densely, exactly: the block by autograd is not.
     request = Request(
-        block="feature_extractor.bn_out", splits=("train",), top=2, samples=10, max_iterations=3
+        block="feature_extractor.bn_out",
+        splits=("train",),
+        top=2,
+        samples=10,
+        max_iterations=3,
+        trace_probes=2,
+        density_probes=1,
+        density_steps=5,
     )
     block = Measurer(store, plan, folder, CPU, request)
     assert unfinished.measure(run) == []
@@ -123,8 +150,11 @@ def test_a_solver_cut_short_says_so_and_its_number_is_in_no_table(trained, tmp_p
     assert lines
     assert all("NOT CONVERGED" in line for line in lines)
     store.publish(plan, Store(results / "runs"))
+    plan.write(results / planning.FILE)
     write_report(results)
-    rows = [line for line in (results / "hessian.csv").read_text().splitlines() if "bn_out" in line]
+    table = (results / "hessian.csv").read_text()
+    assert "classifier" in table
+    rows = [line for line in table.splitlines() if "bn_out" in line]
     top = measurement(store, run, "hessian-feature_extractor.bn_out-train.json")["eigenvalues"][0]
     assert rows
     for row in rows:

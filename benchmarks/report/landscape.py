@@ -329,6 +329,12 @@ def _lines(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -> P
         for split in ("train", "test"):
             m = _find(results, identity, "landscape", split)
             if m is not None:
+                lines = zip(
+                    m.content["distance"],
+                    m.content["along_gradient"],
+                    _turned(np.asarray(m.content["along_eigenvector"])),
+                    strict=True,
+                )
                 records += [
                     {
                         "method": row.arm.method,
@@ -338,12 +344,7 @@ def _lines(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -> P
                         "along_gradient": down,
                         "along_eigenvector": top,
                     }
-                    for t, down, top in zip(
-                        m.content["distance"],
-                        m.content["along_gradient"],
-                        m.content["along_eigenvector"],
-                        strict=True,
-                    )
+                    for t, down, top in lines
                 ]
     if not records:
         return None
@@ -373,8 +374,20 @@ def _lines(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -> P
         + " against ".join(method_title(m) for m in frame["method"].unique())
         + ".",
         "Each set's own gradient and its own Hessian's top eigenvector; lines reach four times the "
-        "mean γξ* of that network's batches. A flatter landscape rises later.",
+        "mean γξ* of that network's batches. An eigenvector has no sign: the loss rises faster to "
+        "the right. A flatter landscape rises later.",
     )
+
+
+def _turned(losses: Any) -> Any:
+    """Losses along eigenvectors, one a dimension, each turned so that they end higher.
+
+    An eigenvector has no sign of its own, and two networks' would be compared back to front.
+    """
+    for axis in range(losses.ndim):
+        if losses.take(0, axis).mean() > losses.take(-1, axis).mean():
+            losses = np.flip(losses, axis)
+    return losses
 
 
 def _draw_lines(axes: Axes, frame: pd.DataFrame, key: str) -> None:
@@ -397,24 +410,25 @@ def _surfaces(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -
         seed, identity = min(row.runs.items())
         m = _find(results, identity, "landscape", "train")
         if m is not None:
-            shown.append((row.arm.method, seed, m.content))
+            plane = _turned(np.asarray(m.content["plane"]))
+            shown.append((row.arm.method, seed, np.asarray(m.content["plane_distance"]), plane))
     if not shown:
         return None
     name = _name("surface", cell)
-    reach = min(max(content["plane_distance"]) for _, _, content in shown)
+    reach = min(grid.max() for _, _, grid, _ in shown)
     inside = [
-        np.asarray(c["plane"])[np.ix_(near, near)]
-        for _, _, c in shown
-        for near in [np.abs(c["plane_distance"]) <= reach]
+        plane[np.ix_(near, near)] for _, _, grid, plane in shown for near in [np.abs(grid) <= reach]
     ]
     levels = np.geomspace(max(min(p.min() for p in inside), 1e-6), max(p.max() for p in inside), 13)
     with style.figure(style.WIDTH, 3.8) as fig:
         panels = fig.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
-        for axes, (method, seed, content) in zip(panels, shown, strict=True):
-            grid = np.asarray(content["plane_distance"])
-            plane = np.clip(np.asarray(content["plane"]), levels[0], levels[-1])
+        for axes, (method, seed, grid, plane) in zip(panels, shown, strict=True):
             filled = axes.contourf(
-                grid, grid, np.log10(plane), levels=np.log10(levels), cmap="cividis"
+                grid,
+                grid,
+                np.log10(np.clip(plane, levels[0], levels[-1])),
+                levels=np.log10(levels),
+                cmap="cividis",
             )
             axes.plot(0, 0, marker="+", color="white", markersize=10)
             axes.set_aspect("equal")
@@ -427,9 +441,9 @@ def _surfaces(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -
         style.save(fig, folder / FOLDER / f"{name}.svg")
     records = [
         {"method": method, "seed": seed, "first": s, "second": t, "loss": loss}
-        for method, seed, content in shown
-        for t, line in zip(content["plane_distance"], content["plane"], strict=True)
-        for s, loss in zip(content["plane_distance"], line, strict=True)
+        for method, seed, grid, plane in shown
+        for t, line in zip(grid, plane, strict=True)
+        for s, loss in zip(grid, line, strict=True)
     ]
     write_csv(pd.DataFrame(records), folder / FOLDER / f"{name}.csv")
     return Picture(
@@ -437,7 +451,7 @@ def _surfaces(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -
         f"The loss surface: {' '.join(cell)}",
         "Training loss over the plane that the top two eigenvectors of the classifier's Hessian "
         "span, θ₀ in the middle: "
-        + " beside ".join(method_title(method) for method, _, _ in shown)
+        + " beside ".join(method_title(method) for method, *_ in shown)
         + ".",
         "Each network's own top two eigenvectors, one scale for both panels; distances in the "
         "classifier's parameters, one seed.",
