@@ -263,6 +263,8 @@ SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2,sched_min
 SlurmctldTimeout=10
 SlurmdTimeout=10
 KillWait=15
+# A step that ends while the controller is away retries for a while; its node must not be drained.
+UnkillableStepTimeout=600
 CompleteWait=0
 MinJobAge=120
 ReturnToService=2

@@ -62,6 +62,7 @@ class Lab:
         self.runs_dir = folder / "runs"
         self.results = folder / "results"
         self.launched: list[Launched] = []
+        self.held: list[int] = []
         self.environment = cluster.environment() | {"COLUMNS": "200"}
         self._count_calls()
 
@@ -135,6 +136,9 @@ class Lab:
         for launched in self.launched:
             if launched.process.poll() is None:
                 launched.kill()
+        for pid in self.held:
+            if _state_of(pid) == "T":  # left so by a test that failed
+                os.kill(pid, signal.SIGKILL)
         subprocess.run(
             ["scancel", f"--user={os.getuid()}"], env=self.cluster.environment(), check=False
         )
@@ -187,6 +191,8 @@ class Lab:
             return len(held) == len(runs)
 
         wait_until(all_held, PATIENCE)
+        wait_until(lambda: all(_state_of(pid) == "T" for pid in held.values()), PATIENCE)
+        self.held += held.values()
         assert all(self.folder_of(run).state() == "RUNNING" for run in runs)
         return [held[run.identity] for run in runs]
 
@@ -257,15 +263,25 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def _told_or_continued(pid: int) -> bool:
-    """Whether SIGTERM waits for a process, or it is stopped no more."""
+def _status(pid: int) -> dict[str, str]:
+    """What the kernel says of a process; empty if it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except FileNotFoundError:
-        return True
-    fields = dict(line.split(":\t", 1) for line in lines)
-    told = int(fields["ShdPnd"], 16) >> (signal.SIGTERM - 1) & 1
-    return bool(told) or not fields["State"].startswith("T")
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    return dict(line.split(":\t", 1) for line in lines)
+
+
+def _state_of(pid: int) -> str:
+    """``T``: stopped; empty: gone."""
+    return _status(pid).get("State", "")[:1]
+
+
+def _told_or_continued(pid: int) -> bool:
+    """Whether SIGTERM waits for a process, or it is stopped no more."""
+    status = _status(pid)
+    told = int(status.get("ShdPnd", "0"), 16) >> (signal.SIGTERM - 1) & 1
+    return bool(told) or _state_of(pid) != "T"
 
 
 def results_of(lab: Lab) -> dict:
