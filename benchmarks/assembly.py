@@ -15,6 +15,7 @@ from pof.data.augmentation import Normalise
 from pof.data.batches import Batches
 from pof.errors import PofError
 from pof.objective import Objective
+from pof.parallel import ALONE, Processes, SharedObjective
 from pof.post_training import PoFGradient
 from pof.sam import SAMGradient
 from pof.settings import ScheduleSettings
@@ -123,12 +124,27 @@ def build_network(
         )
     except PofError as error:
         raise UserError(str(error)) from error
+    if settings.sync_batchnorm:
+        if device.type != "cuda":
+            raise UserError("training.sync_batchnorm: BatchNorm is synchronised on GPUs alone")
+        from timm.layers import convert_sync_batchnorm  # importable once a network was created
+
+        built = convert_sync_batchnorm(built)
     memory_format = torch.channels_last if settings.channels_last else torch.contiguous_format
     return built.to(device, memory_format=memory_format)  # type: ignore[call-overload,no-any-return]
 
 
-def build_trainer(settings: RunSettings, subject: Subject, device: torch.device) -> Trainer:
-    """The run's trainer, at its first epoch, with initial weights."""
+def build_trainer(
+    settings: RunSettings,
+    subject: Subject,
+    device: torch.device,
+    processes: Processes = ALONE,
+) -> Trainer:
+    """The run's trainer, at its first epoch, with initial weights.
+
+    Raises:
+        UserError: The backbone does not exist or fit, or BatchNorm cannot be synchronised here.
+    """
     net = build_network(settings, subject.info, device)
     if settings.compile:
         # One program a shape: the smaller last batch of an epoch must not change the others' bits.
@@ -137,6 +153,9 @@ def build_trainer(settings: RunSettings, subject: Subject, device: torch.device)
     objective = Objective(
         net, label_smoothing=settings.optimizer.label_smoothing, precision=settings.precision
     )
+    ascends_in_parts = settings.sam is not None and settings.sam.m_sharpness is not None
+    if processes.size > 1 and not ascends_in_parts:
+        objective = SharedObjective(objective, processes)
 
     def batches(purpose: str, batch_size: int) -> Batches:
         return Batches(
@@ -162,7 +181,7 @@ def build_trainer(settings: RunSettings, subject: Subject, device: torch.device)
             rate, schedule = settings.pof.learning_rate, ScheduleSettings(kind="constant")
     elif settings.sam is not None:
         decay = settings.optimizer.weight_decay
-        gradient = SAMGradient(objective, settings.sam, weight_decay=decay)
+        gradient = SAMGradient(objective, settings.sam, weight_decay=decay, processes=processes)
     else:
         gradient = PlainGradient(objective)
     return Trainer(

@@ -149,6 +149,8 @@ def _stages(
             precision=training.precision,
             channels_last=training.channels_last,
             compile=training.compile,
+            gpus_per_run=training.gpus_per_run,
+            sync_batchnorm=training.sync_batchnorm,
             algorithm=algorithm,  # type: ignore[arg-type]
             sam=cell.sam if algorithm == "sam" else None,
             pof=profile.pof_variant(variant, cell) if algorithm == "pof" else None,

@@ -16,6 +16,7 @@ from benchmarks.settings import (
     DataSettings,
     NetworkSettings,
     OffUnlessSaid,
+    OneUnlessSaid,
     Strict,
 )
 from pof.settings import (
@@ -46,6 +47,8 @@ class RunSettings(Strict):
         precision: Of forward and backward.
         channels_last: Memory format (it moves rounding).
         compile: Whether the feature extractor is compiled (it moves rounding).
+        gpus_per_run: Processes that share every batch (it moves rounding, and BatchNorm).
+        sync_batchnorm: Whether BatchNorm normalises over all of them.
         algorithm: What trains in this stage.
         sam: With ``algorithm = "sam"``.
         pof: With ``algorithm = "pof"``.
@@ -66,6 +69,8 @@ class RunSettings(Strict):
     precision: Literal["fp32", "bf16"]
     channels_last: bool
     compile: OffUnlessSaid = False
+    gpus_per_run: OneUnlessSaid = 1
+    sync_batchnorm: OffUnlessSaid = False
     algorithm: Literal["sgd", "sam", "pof"]
     sam: SAMSettings | None
     pof: PoFSettings | None

@@ -47,6 +47,7 @@ class Strict(BaseModel):
 
 # A setting that is written down only where it is on: without it, a run is what it always was.
 OffUnlessSaid = Annotated[bool, Field(exclude_if=lambda on: not on)]
+OneUnlessSaid = Annotated[int, Field(gt=0, exclude_if=lambda count: count == 1)]
 
 
 class DataSettings(Strict):
@@ -84,6 +85,10 @@ class TrainingSettings(Strict):
         compile: Whether the feature extractor is compiled (``torch.compile``): faster steps after
             a minute's wait at the start of a run. It moves rounding, and the same bits at every
             start are not promised; runs say so.
+        gpus_per_run: Processes that share every batch of a run, a GPU each (on a CPU, cores).
+            With ``sam.m_sharpness = batch_size / gpus_per_run`` each of them ascends on its own,
+            as the published SAM runs did; without, all ascend together.
+        sync_batchnorm: Whether BatchNorm normalises over all of them (GPUs only) or within each.
         evaluate_every: Epochs between evaluations; the last epoch always is. It changes what is
             recorded, not what is trained.
     """
@@ -94,6 +99,8 @@ class TrainingSettings(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     channels_last: bool = True
     compile: OffUnlessSaid = False
+    gpus_per_run: OneUnlessSaid = 1
+    sync_batchnorm: OffUnlessSaid = False
     evaluate_every: Annotated[int, Field(gt=0)] = 1
 
 
@@ -150,6 +157,10 @@ class CellSettings(Strict):
             raise ValueError(
                 f"schedule.total_epochs must be epochs + post_epochs = {total} for a cosine"
             )
+        if self.training.gpus_per_run > self.training.batch_size:
+            raise ValueError("training.gpus_per_run exceeds training.batch_size")
+        if self.training.sync_batchnorm and self.training.gpus_per_run == 1:
+            raise ValueError("training.sync_batchnorm needs training.gpus_per_run above 1")
         size = self.data.train_size
         if size is not None and size < self.training.batch_size:
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import assembly, checkpoint, compilation, environment
+from benchmarks import assembly, checkpoint, compilation, environment, replicas
 from benchmarks.errors import UserError
 from benchmarks.files import CannotWrite, sha256
 from benchmarks.memory import keep_freed_memory
@@ -21,6 +21,7 @@ from benchmarks.plan import Plan
 from benchmarks.run import SCHEMA, Run
 from benchmarks.store import Busy, RunFolder, State, Store
 from pof import data
+from pof.parallel import Processes
 from pof.post_training import is_runaway
 from pof.training import NonFiniteLoss, Trainer, evaluate
 
@@ -214,8 +215,16 @@ class _Attempt:
         subject = assembly.prepare_subject(
             settings, self.worker.dataset(settings.dataset), self.worker.device
         )
-        trainer = assembly.build_trainer(settings, subject, self.worker.device)
+        processes = Processes(0, settings.gpus_per_run)
+        trainer = assembly.build_trainer(settings, subject, self.worker.device, processes)
         history = self._resume(trainer)
+        with replicas.together(settings, trainer, self.worker.data_dir, self.worker.device):
+            return self._train(trainer, subject, history)
+
+    def _train(
+        self, trainer: Trainer, subject: assembly.Subject, history: list[dict[str, Any]]
+    ) -> bool:
+        settings = self.settings
         self._write_environment(trainer)
         network, images = trainer.network, len(subject.train_labels)
         self._began = self._saved = time.monotonic()

@@ -23,6 +23,13 @@ class Outcome(NamedTuple):
     error: Tensor
 
 
+class Linear(NamedTuple):
+    """A linear layer's parameters: ``weight`` (C, d), ``bias`` (C,)."""
+
+    weight: Tensor
+    bias: Tensor
+
+
 class Objective:
     """Mean cross-entropy over a batch, with the forward in the chosen precision.
 
@@ -62,8 +69,25 @@ class Objective:
         classifier = self.network.classifier
         return self.at(self.features(images), labels, classifier.weight, classifier.bias)
 
-    def gradient(self, images: Tensor, labels: Tensor, weight: float = 1.0) -> Outcome:
-        """Add ``weight`` × the gradient on this batch to ``.grad``; the outcome is detached."""
-        outcome = self(images, labels)
+    def whole_features(self, images: Tensor) -> Tensor:
+        """Features of a batch that the processes of a shared training may have parts of."""
+        return self.features(images)
+
+    def gradient(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        weight: float = 1.0,
+        *,
+        classifier: Linear | None = None,
+    ) -> Outcome:
+        """Add ``weight`` × the gradient on this batch to ``.grad``; the outcome is detached.
+
+        With a ``classifier``, at that one in place of the network's own.
+        """
+        if classifier is None:
+            outcome = self(images, labels)
+        else:
+            outcome = self.at(self.features(images), labels, *classifier)
         (outcome.loss * weight).backward()
         return Outcome(outcome.loss.detach(), outcome.error)

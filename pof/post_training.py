@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pof import batchnorm
 from pof.data.batches import Batches
-from pof.objective import Objective, Outcome
+from pof.objective import Linear, Objective, Outcome
 from pof.perturbation import (
     Direction,
     classifier_gradient,
@@ -96,13 +96,8 @@ class PoFGradient:
         step = direction.scaled(expansion)
         for p in self._parameters:
             p.grad = None
-        perturbed = self.objective.at(
-            self.objective.features(images),
-            labels,
-            weight - step.weight.to(weight.dtype),
-            bias - step.bias.to(bias.dtype),
-        )
-        perturbed.loss.backward()
+        perturbed = Linear(weight - step.weight.to(weight.dtype), bias - step.bias.to(bias.dtype))
+        self.objective.gradient(images, labels, classifier=perturbed)
         return outcome
 
     @torch.no_grad()
@@ -159,13 +154,13 @@ class PoFGradient:
             modes = [(module, module.training) for module in extractor.modules()]
             extractor.eval()
             try:
-                return self.objective.features(images)
+                return self.objective.whole_features(images)
             finally:
                 for module, training in modes:
                     module.training = training
         keep = self.settings.batchnorm == "batch"
         with batchnorm.frozen_statistics(self._batch_norms) if keep else nullcontext():
-            return self.objective.features(images)
+            return self.objective.whole_features(images)
 
     def _gamma(self) -> float:
         if self.settings.gamma_sampling == "fixed":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pof import batchnorm
 from pof.objective import Objective, Outcome
+from pof.parallel import ALONE, Processes
 from pof.settings import SAMSettings
 
 _TINY = 1e-12  # keeps a vanishing gradient from dividing by zero
@@ -27,14 +28,22 @@ class SAMGradient:
         objective: What is minimised.
         settings: SAM's named details.
         weight_decay: The optimizer's λ; used only with ``settings.perturb_weight_decay``.
+        processes: Who shares the parts of a batch that ascend on their own, with ``m_sharpness``;
+            a batch that ascends as a whole is shared by the objective.
     """
 
     def __init__(
-        self, objective: Objective, settings: SAMSettings, *, weight_decay: float = 0.0
+        self,
+        objective: Objective,
+        settings: SAMSettings,
+        *,
+        weight_decay: float = 0.0,
+        processes: Processes = ALONE,
     ) -> None:
         self.objective = objective
         self.settings = settings
         self.weight_decay = weight_decay
+        self.processes = processes
         self.parameters: list[Tensor] = [
             p for p in objective.network.parameters() if p.requires_grad
         ]
@@ -53,17 +62,22 @@ class SAMGradient:
             Loss and error at the unperturbed weights.
         """
         m = self.settings.m_sharpness
-        if m is None or m >= len(labels):
+        if m is None or (m >= len(labels) and self.processes.size == 1):
             return self._ascend_and_descend(images, labels, weight=1.0)
         torch._foreach_zero_(self._sum)
         loss = torch.zeros((), device=images.device)
         error = torch.zeros((), dtype=torch.float64, device=images.device)
-        for part_images, part_labels in zip(images.split(m), labels.split(m), strict=True):
-            share = len(part_labels) / len(labels)
+        parts = [
+            (part_images, part_labels, len(part_labels) / len(labels))
+            for part_images, part_labels in zip(images.split(m), labels.split(m), strict=True)
+        ]
+        nothing = [(*parts[0][:2], 0.0)]  # for a process beyond the parts of a small last batch
+        for part_images, part_labels, share in self.processes.mine(parts) or nothing:
             part = self._ascend_and_descend(part_images, part_labels, weight=share)
             torch._foreach_add_(self._sum, self._gradients())
             loss = loss + part.loss * share
             error = error + part.error * share
+        self.processes.add_up([*self._sum, loss, error])
         torch._foreach_copy_(self._gradients(), self._sum)
         return Outcome(loss, error)
 

@@ -97,7 +97,7 @@ class _Arrangement:
         free = [run for run in roots if run.parent not in self.active]
         # Families of one shape together, so that their children's arrays fit task by task.
         for family in _grouped((self._shape(run), run) for run in free):
-            size = self.cluster.runs_per_gpu
+            size = self.cluster.runs_per_gpu if family[0].settings.gpus_per_run == 1 else 1
             packs = [tuple(family[i : i + size]) for i in range(0, len(family), size)]
             for first in range(0, len(packs), self.max_array_size):
                 self._add(packs[first : first + self.max_array_size], None)
@@ -105,7 +105,7 @@ class _Arrangement:
         return self.made
 
     def _key(self, run: Run) -> str:
-        resources = self.cluster.resources_of(run.settings.algorithm)
+        resources = self.cluster.resources_of(run.settings.algorithm, run.settings.gpus_per_run)
         return stage_name(run) + canonical_json(resources.model_dump(mode="json"))
 
     def _shape(self, run: Run) -> str:
@@ -117,7 +117,7 @@ class _Arrangement:
         first = next(run for pack in packs for run in pack)
         array = Array(
             stage_name(first),
-            self.cluster.resources_of(first.settings.algorithm),
+            self.cluster.resources_of(first.settings.algorithm, first.settings.gpus_per_run),
             tuple(tuple(run.identity for run in pack) for pack in packs),
             after,
         )

@@ -97,6 +97,17 @@ class Resources(Strict):
         default_factory=dict
     )
 
+    def times(self, gpus: int) -> "Resources":
+        """As many times the GPUs, cores and memory."""
+        gres, memory = self.gres, self.memory
+        if gres is not None:
+            kind, _, count = gres.rpartition(":")
+            gres = f"{kind}:{int(count) * gpus}" if count.isdigit() else f"{gres}:{gpus}"
+        if memory is not None:
+            number, unit = re.fullmatch(r"(\d+)(\D?)", memory).groups()  # type: ignore[union-attr]
+            memory = f"{int(number) * gpus}{unit}"
+        return self.model_copy(update={"gres": gres, "memory": memory, "cpus": self.cpus * gpus})
+
     @property
     def minutes(self) -> int:
         """The time limit in minutes."""
@@ -170,10 +181,16 @@ class Cluster(Strict):
     retries: Retries = Retries()
     polling: Polling = Polling()
 
-    def resources_of(self, algorithm: str) -> Resources:
-        """What a job of ``sgd``, ``sam`` or ``pof`` asks for."""
+    def resources_of(self, algorithm: str, gpus: int = 1) -> Resources:
+        """What a job of ``sgd``, ``sam`` or ``pof`` asks for.
+
+        Args:
+            algorithm: Of its runs.
+            gpus: That its run trains on (``training.gpus_per_run``); the file says what one needs.
+        """
         changes = getattr(self.stages, algorithm)
-        return Resources.model_validate_json(json.dumps(self.resources.model_dump() | changes))
+        one = Resources.model_validate_json(json.dumps(self.resources.model_dump() | changes))
+        return one if gpus == 1 else one.times(gpus)
 
 
 def load_cluster(path: Path) -> Cluster:
