@@ -195,6 +195,16 @@ def test_the_paper_profile_departs_from_itself_in_nothing():
     assert all(departures.departures(paper, *cell) == [] for cell in paper.cells())
 
 
+def test_settings_that_are_written_down_only_where_they_are_on_are_departures_too(tmp_path):
+    training = {"compile": True, "gpus_per_run": 2}
+    sweep = Sweep(tmp_path, ONE | {"training": {**SHORT, **training}})
+    sweep.finish_all(lambda run: 2.5)
+    found = departures.departures(sweep.plan.profile, "cifar10", "wrn_28_10", "basic")
+    assert "training.compile True (profile paper: not set)" in found
+    assert "training.gpus_per_run 2 (profile paper: not set)" in found
+    assert judged(sweep, "error")["cifar10"].departures  # and the report is made
+
+
 def test_departures_name_backbone_subset_epochs_and_data_copy(tmp_path):
     changes = {
         "datasets": ["cifar10_jpeg"],

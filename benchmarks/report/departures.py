@@ -59,7 +59,8 @@ def _leaves(ours: CellSettings, theirs: CellSettings) -> Iterator[tuple[str, Any
     said = {"data", "training.epochs", "training.post_epochs", "training.evaluate_every"}
     mine, other = ours.model_dump(mode="json"), theirs.model_dump(mode="json")
     for table in mine:
-        for key in mine[table]:
+        for key in mine[table] | other[table]:  # some are written down only where they are on
             name = f"{table}.{key}"
             if table not in said and name not in said and name != "augmentation.kind":
-                yield name, mine[table][key], other[table][key]
+                values = [cell[table].get(key, "not set") for cell in (mine, other)]
+                yield name, *values

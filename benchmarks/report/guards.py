@@ -187,8 +187,8 @@ def _check_arm(results: Results, row: Row) -> None:
         if first is None:
             first = run, settings
             continue
-        for key, found in settings.items():
-            if key not in allowed and found != first[1][key]:
+        for key in settings | first[1]:  # some are written down only where they are on
+            if key not in allowed and settings.get(key) != first[1].get(key):
                 raise UserError(
                     f"{run.label} and {first[0].label}: not averaged, their settings differ in "
                     f"{key}"
