@@ -88,7 +88,8 @@ class TrainingSettings(Strict):
         gpus_per_run: Processes that share every batch of a run, a GPU each (on a CPU, cores).
             With ``sam.m_sharpness = batch_size / gpus_per_run`` each of them ascends on its own,
             as the published SAM runs did; without, all ascend together.
-        sync_batchnorm: Whether BatchNorm normalises over all of them (GPUs only) or within each.
+        sync_batchnorm: Whether BatchNorm normalises over all of them (GPUs only; not with
+            ``sam.m_sharpness``) or within each.
         evaluate_every: Epochs between evaluations; the last epoch always is. It changes what is
             recorded, not what is trained.
     """
@@ -161,6 +162,17 @@ class CellSettings(Strict):
             raise ValueError("training.gpus_per_run exceeds training.batch_size")
         if self.training.sync_batchnorm and self.training.gpus_per_run == 1:
             raise ValueError("training.sync_batchnorm needs training.gpus_per_run above 1")
+        m = self.sam.m_sharpness
+        if m is not None and self.training.sync_batchnorm:
+            raise ValueError(
+                "training.sync_batchnorm contradicts sam.m_sharpness, whose parts are normalised "
+                "each on its own; leave one out"
+            )
+        if m is not None and -(-self.training.batch_size // m) < self.training.gpus_per_run:
+            raise ValueError(
+                f"sam.m_sharpness {m} makes fewer parts of a batch of {self.training.batch_size} "
+                f"than training.gpus_per_run {self.training.gpus_per_run}; lower it"
+            )
         size = self.data.train_size
         if size is not None and size < self.training.batch_size:
             raise ValueError(

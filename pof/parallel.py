@@ -119,7 +119,8 @@ class SharedObjective(Objective):
 
     def whole_features(self, images: Tensor) -> Tensor:
         """Features of all images, each computed by one process."""
-        self.processes.follow(self._buffers)  # which evaluation mode normalises with
+        if not self.network.feature_extractor.training:
+            self.processes.follow(self._buffers)  # which BatchNorm now normalises with
         part = self.processes.part(len(images))
         few = part.start == part.stop
         features = self.features(images[0:1] if few else images[part])

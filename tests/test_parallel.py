@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
+from benchmarks.errors import UserError
 from benchmarks.executors.slurm.arrays import arrange
 from benchmarks.executors.slurm.cluster import Cluster, Resources
 from benchmarks.store import State, Store
@@ -160,6 +161,16 @@ def test_a_run_on_two_processes_is_resumed_bit_for_bit(tmp_path):
         assert not multiprocessing.active_children()
 
 
+def test_settings_that_leave_processes_idle_or_out_of_step_are_refused(tmp_path):
+    for sync, m, message in (
+        (True, 5, "sync_batchnorm contradicts sam.m_sharpness"),
+        (False, 25, "makes fewer parts of a batch of 25 than training.gpus_per_run 2"),
+    ):
+        training = {**TWO["training"], "sync_batchnorm": sync}
+        with pytest.raises(UserError, match=message):
+            make_plan(tmp_path, {**TWO, "training": training, "sam": {"m_sharpness": m}})
+
+
 def test_the_number_of_processes_is_part_of_a_runs_identity_unless_it_is_one(tmp_path):
     one, two = (
         make_plan(tmp_path, {**TWO, "training": {**TWO["training"], "gpus_per_run": n}})
@@ -181,3 +192,5 @@ def test_jobs_ask_for_as_many_times_what_one_gpu_needs(tmp_path):
         assert {len(task) for task in array.tasks} == {1}  # none shares its GPUs
     assert Resources().times(2).gres is None
     assert Resources(gres="gpu").times(4).gres == "gpu:4"
+    assert Resources(gres="gpu:a100:2,nvme:100").times(2).gres == "gpu:a100:4,nvme:100"
+    assert Resources(gres="nvme:100,gpu:a100").times(2).gres == "nvme:100,gpu:a100:2"

@@ -66,6 +66,14 @@ Variable = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 Word = Annotated[str, Field(pattern=r"^[^\s#]+$")]
 
 
+def _more_gpus(gres: str, times: int) -> str:
+    """``gpu``, ``gpu:2``, ``gpu:a100`` or ``gpu:a100:2``, as many times; others unchanged."""
+    if gres.split(":")[0] != "gpu":
+        return gres
+    kind, _, count = gres.rpartition(":")
+    return f"{kind}:{int(count) * times}" if count.isdigit() else f"{gres}:{times}"
+
+
 class Resources(Strict):
     """What one job of an array asks for. Keys left out are not passed to sbatch.
 
@@ -98,11 +106,10 @@ class Resources(Strict):
     )
 
     def times(self, gpus: int) -> "Resources":
-        """As many times the GPUs, cores and memory."""
+        """As many times the GPUs, cores and memory; other generic resources stay as they are."""
         gres, memory = self.gres, self.memory
         if gres is not None:
-            kind, _, count = gres.rpartition(":")
-            gres = f"{kind}:{int(count) * gpus}" if count.isdigit() else f"{gres}:{gpus}"
+            gres = ",".join(_more_gpus(part, gpus) for part in gres.split(","))
         if memory is not None:
             number, unit = re.fullmatch(r"(\d+)(\D?)", memory).groups()  # type: ignore[union-attr]
             memory = f"{int(number) * gpus}{unit}"
