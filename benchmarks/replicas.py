@@ -2,17 +2,21 @@
 
 The worker is the first process and alone reads and writes the run's folder. The others rebuild its
 trainer, take over its state and train the same steps until they are ended: while the first one
-evaluates or saves, they wait for it in the next step's sum.
+evaluates or saves, they wait for it in the next step's sum. None outlives another: NCCL would wait
+for hours for a process that is gone.
 """
 
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -23,9 +27,10 @@ from benchmarks import assembly
 from benchmarks.errors import UserError
 from benchmarks.run import RunSettings
 from pof.parallel import Processes
-from pof.training import Trainer
+from pof.training import NonFiniteLoss, Trainer
 
 _PATIENCE = timedelta(hours=2)  # for the first process's evaluations and checkpoints
+_GRACE = 10.0  # seconds in which the first process may itself say what ended another
 
 
 @contextmanager
@@ -67,12 +72,15 @@ def together(
             )
             for rank in range(1, size)
         ]
+        over = threading.Event()
         try:
             for other in others:
                 other.start()
+            threading.Thread(target=_end_with, args=(others, over), daemon=True).start()
             _join(folder, Processes(0, size), device)
             yield
         finally:
+            over.set()
             for other in others:
                 other.kill()
                 other.join()
@@ -107,7 +115,7 @@ def _follow(
     threads: int,
     parent: int,
 ) -> None:
-    """Train along as process ``rank`` until the run's end, or until the first process is gone."""
+    """Train along as process ``rank`` until ended, or until the first process is gone."""
     from benchmarks.worker import prepare_process
 
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):  # the first one decides what they mean
@@ -126,10 +134,24 @@ def _follow(
         settings, assembly.load_dataset(settings.dataset, data_dir), device
     )
     trainer = assembly.build_trainer(settings, subject, device, processes)
-    trainer.load_state_dict(torch.load(_state(folder), map_location=device, weights_only=True))
+    trainer.load_state_dict(torch.load(_state(folder), map_location="cpu", weights_only=True))
     _join(folder, processes, device)
-    while trainer.epoch < settings.last_epoch:
-        trainer.train_epoch()
+    with suppress(NonFiniteLoss):  # the first process says so
+        while trainer.epoch < settings.last_epoch:
+            trainer.train_epoch()
+    threading.Event().wait()  # the first process may still be receiving what was sent
+
+
+def _end_with(others: Sequence[BaseProcess], over: threading.Event) -> None:
+    """End this process when another has ended before the training is over.
+
+    It may be waiting for the other one inside a collective, where no exception reaches it. Whoever
+    started it takes it for crashed; why the other one ended stands in the same log.
+    """
+    wait([other.sentinel for other in others])
+    if not over.wait(_GRACE):
+        print("one of the run's processes ended: ending them all", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _leave_with(parent: int) -> None:

@@ -1,12 +1,15 @@
 """Two gloo processes train what one process trains: up to rounding, in float64."""
 
 import os
+import threading
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing, nn
 
+from benchmarks import replicas
 from benchmarks.errors import UserError
 from benchmarks.executors.slurm.arrays import arrange
 from benchmarks.executors.slurm.cluster import Cluster, Resources
@@ -159,6 +162,38 @@ def test_a_run_on_two_processes_is_resumed_bit_for_bit(tmp_path):
         assert record(broken, run) == record(whole, run)
         assert not dist.is_initialized()
         assert not multiprocessing.active_children()
+
+
+def test_a_run_fails_when_one_of_its_processes_is_killed(tmp_path):
+    plan = make_plan(tmp_path, TWO, fingerprints={"digits": DIGITS_FINGERPRINT})
+    store, run = Store(tmp_path / "runs"), plan.runs[0]
+
+    def kill_the_other() -> bool:
+        for other in multiprocessing.active_children():
+            other.kill()
+        return False
+
+    cpu = torch.device("cpu")
+    worker = Worker(store, plan, tmp_path / "data", device=cpu, should_stop=kill_the_other)
+    assert worker.carry_out(run)[0] is Ending.FAILED
+    assert store.folder(run).state() is State.FAILED
+    assert not multiprocessing.active_children()
+
+
+def wait_in_vain() -> None:
+    """As the first process does in a collective of NCCL whose other process is gone."""
+    replicas._GRACE = 0.1
+    other = multiprocessing.get_context("spawn").Process(target=os._exit, args=(1,))
+    other.start()
+    replicas._end_with([other], threading.Event())
+    time.sleep(3600.0)
+
+
+def test_the_first_process_does_not_wait_for_one_that_is_gone():
+    first = multiprocessing.get_context("spawn").Process(target=wait_in_vain)
+    first.start()
+    first.join()
+    assert first.exitcode == 1
 
 
 def test_settings_that_leave_processes_idle_or_out_of_step_are_refused(tmp_path):
