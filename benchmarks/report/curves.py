@@ -1,6 +1,7 @@
 """Learning curves: loss and error over the epochs, every run a line, both stages marked."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from benchmarks.report import style
 from benchmarks.report.guards import Evidence, Row
-from benchmarks.report.pictures import FOLDER, Picture, write_csv
+from benchmarks.report.pictures import FOLDER, Picture, drawn, write_csv
 from benchmarks.report.results import Results
 from benchmarks.report.words import method_title
 from benchmarks.run import Run
@@ -42,13 +43,15 @@ def draw(evidence: Evidence, folder: Path) -> list[Picture]:
     """
     pictures = []
     for cell in dict.fromkeys(row.cell for row in evidence.rows):
-        rows = [row for row in evidence.rows if row.cell == cell]
+        rows, others = drawn([row for row in evidence.rows if row.cell == cell])
         runs = _runs(evidence.results, rows)
         if runs:
-            pictures.append(_curves(evidence.results, rows, cell, runs, folder))
+            picture = _curves(evidence.results, rows, cell, runs, folder)
+            pictures.append(replace(picture, caption=picture.caption + others))
         post = [run for run in runs if run.settings.algorithm == "pof"]
         if post:
-            pictures.append(_ranges(evidence.results, cell, post, folder))
+            picture = _ranges(evidence.results, cell, post, folder)
+            pictures.append(replace(picture, caption=picture.caption + others))
     return pictures
 
 

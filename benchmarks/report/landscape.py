@@ -4,6 +4,7 @@ All of it is drawn from ``runs/<run>/measurements``; what was not measured is no
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from benchmarks.report import ranges, style
 from benchmarks.report.guards import Evidence, Row
 from benchmarks.report.measurements import Hessian, Measurement, Ranges
-from benchmarks.report.pictures import FOLDER, Picture, write_csv
+from benchmarks.report.pictures import FOLDER, Picture, drawn, write_csv
 from benchmarks.report.results import Results
 from benchmarks.report.words import method_title
 
@@ -33,11 +34,11 @@ def draw(evidence: Evidence, folder: Path) -> list[Picture]:
     """
     pictures: list[Picture] = []
     for cell in dict.fromkeys(row.cell for row in evidence.rows):
-        rows = [row for row in evidence.rows if row.cell == cell and row.runs]
+        rows, others = drawn([row for row in evidence.rows if row.cell == cell and row.runs])
         for plot in (_tops, _spectrum, _density, _ranges, _lines, _surfaces):
             picture = plot(evidence.results, rows, cell, folder)
             if picture is not None:
-                pictures.append(picture)
+                pictures.append(replace(picture, caption=picture.caption + others))
     return pictures
 
 
@@ -143,9 +144,11 @@ def _tops(results: Results, rows: Sequence[Row], cell: Cell, folder: Path) -> Pi
                     markersize=5,
                 )
             axes.set_xticks(sorted(part["stage"].unique()))
-            axes.set_xticklabels([f"epoch {e}" for e in sorted(part["epoch"].unique())])
+            axes.set_xticklabels(sorted(part["epoch"].unique()))
             axes.set_xlim(0.7, part["stage"].max() + 0.3)
-            axes.set_title(method_title(method))
+            title = method_title(method)
+            axes.set_title(title.replace("+", "+\n") if len(methods) > 4 else title)
+        fig.supxlabel("epoch", fontsize="medium")
         panels[0].set_ylim(0.0, 1.08 * frame["top_eigenvalue"].max())
         panels[0].set_ylabel("λ₁ of the classifier's Hessian")
         style.save(fig, folder / FOLDER / f"{name}.svg")

@@ -1,13 +1,30 @@
 """A plot as the pages show it: where it is, what it says, and where its numbers are."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from benchmarks.files import write_bytes
+from benchmarks.report.guards import Row
 
 FOLDER = "plots"
+# Arms that one can tell apart in one plot; a sweep may have dozens.
+MOST_ARMS = 7
+
+
+def drawn(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows of a cell that plots with a line an arm show, and what to say of the others.
+
+    The first ones listed in the profile; the plots of effects and the tables hold every arm.
+    """
+    if len(rows) <= MOST_ARMS:
+        return list(rows), ""
+    return list(rows[:MOST_ARMS]), (
+        f" Of {len(rows)} arms, the first {MOST_ARMS} of the profile are drawn; the tables and the "
+        "plots of paired effects hold all."
+    )
 
 
 @dataclass(frozen=True)
