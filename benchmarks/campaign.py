@@ -5,7 +5,6 @@ leaves checkpoints, and publishes what is finished; the same command goes on whe
 another machine too if the runs folder was carried there.
 """
 
-import signal
 import subprocess
 import sys
 import tarfile
@@ -102,7 +101,7 @@ def _hessian(
         return None
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)  # runs leave checkpoints
+            process.terminate()  # runs leave checkpoints; SIGINT is ignored in the background
             process.wait()
 
 

@@ -244,6 +244,8 @@ class Launch:
 
     def _main(self):
         os.setsid()
+        # As in the foreground of a terminal, wherever the tests themselves run.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout = sys.stderr = self.log.open("w", buffering=1)
         os.dup2(sys.stdout.fileno(), 2)
         os.sched_getaffinity = lambda _: {0}  # one thread a worker: bits can be compared
