@@ -335,15 +335,15 @@ def stages(plan: Plan) -> list[Stage]:
 
 
 def taken(plan: Plan, store: Store) -> dict[str, float]:
-    """Seconds that the finished runs of a plan took, by identity.
+    """Seconds that the finished runs of a plan took, on all of their GPUs, by identity.
 
     Raises:
         UserError: A result was edited or is damaged.
     """
-    folders = {run.identity: store.folder(run) for run in plan.runs}
+    folders = [(run, store.folder(run)) for run in plan.runs]
     return {
-        identity: float(folder.result()["seconds"])
-        for identity, folder in folders.items()
+        run.identity: float(folder.result()["seconds"]) * run.settings.gpus_per_run
+        for run, folder in folders
         if folder.state_of_files() is State.DONE
     }
 

@@ -13,6 +13,7 @@ from benchmarks import replicas
 from benchmarks.errors import UserError
 from benchmarks.executors.slurm.arrays import arrange
 from benchmarks.executors.slurm.cluster import Cluster, Resources
+from benchmarks.forecast import taken
 from benchmarks.store import State, Store
 from benchmarks.worker import Ending, Worker
 from pof.data.augmentation import Normalise
@@ -31,7 +32,7 @@ from pof.settings import (
     ScheduleSettings,
 )
 from pof.training import PlainGradient, Trainer, sgd
-from tests.harness import make_plan, record
+from tests.harness import finish, make_plan, record
 
 BATCH, IMAGES = 8, 21  # the last batch has 5: of two parts, one is the larger
 
@@ -229,3 +230,11 @@ def test_jobs_ask_for_as_many_times_what_one_gpu_needs(tmp_path):
     assert Resources(gres="gpu").times(4).gres == "gpu:4"
     assert Resources(gres="gpu:a100:2,nvme:100").times(2).gres == "gpu:a100:4,nvme:100"
     assert Resources(gres="nvme:100,gpu:a100").times(2).gres == "nvme:100,gpu:a100:2"
+
+
+def test_what_a_run_took_counts_on_each_of_its_gpus(tmp_path):
+    for gpus in (1, 2):
+        training = {**TWO["training"], "gpus_per_run": gpus}
+        plan, store = make_plan(tmp_path, {**TWO, "training": training}), Store(tmp_path / "runs")
+        finish(store, plan.runs[0], 5.0, seconds=60.0)
+        assert taken(plan, store) == {plan.runs[0].identity: 60.0 * gpus}
