@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -137,3 +138,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in whole.splitlines()]
     except ValueError as error:
         raise UserError(f"{path}: a line is no JSON ({error})") from error
+
+
+def finite(value: float) -> float | None:
+    """A number for a file. JSON has no NaN or infinity: a number that does not exist is null."""
+    return value if math.isfinite(value) else None

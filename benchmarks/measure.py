@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import assembly, checkpoint
 from benchmarks.errors import UserError
-from benchmarks.files import canonical_json, read_json, sha256, write_json
+from benchmarks.files import canonical_json, finite, read_json, sha256, write_json
 from benchmarks.plan import Plan
 from benchmarks.run import Run
 from benchmarks.store import MEASUREMENTS, RunFolder, State, Store
@@ -409,8 +409,3 @@ def _density_record(request: Request, nodes: Tensor, weights: Tensor) -> dict[st
         "weights": weights.tolist(),
         "seed": request.seed,
     }
-
-
-def finite(value: float) -> float | None:
-    """A number for a file: JSON has no NaN or infinity: a number that does not exist is null."""
-    return value if value - value == 0.0 else None

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import authors, measure
 from benchmarks.errors import UserError
-from benchmarks.files import write_json
+from benchmarks.files import finite, write_json
 from benchmarks.report import ranges
 from benchmarks.report.page import markdown
 from benchmarks.report.pictures import write_csv
@@ -79,17 +79,17 @@ def _measured(network: Network, batches: ImageBatches, request: measure.Request)
     eigen = measure.classifier_eigenvalues(hessian, request)
     found = measure.classifier_ranges(landscape, PoFSettings(), BATCH_SIZE, request)
     converged = bool(eigen.converged[0])
-    finite = found.xi[~found.capped]
+    uncapped = found.xi[~found.capped]
     wrong = landscape.logits.argmax(1) != landscape.labels
     return {
         "error": 100.0 * int(wrong.sum()) / len(wrong),
         "loss": landscape.loss(),
         "top_eigenvalue": float(eigen.values[0]) if converged else None,
-        "residual": measure.finite(float(eigen.residuals[0])),
+        "residual": finite(float(eigen.residuals[0])),
         "converged": converged,
         "trace": hessian.trace(),
-        "xi_median": float(finite.median()) if len(finite) else None,
-        "xi_peak": ranges.peak(finite.tolist()),
+        "xi_median": float(uncapped.median()) if len(uncapped) else None,
+        "xi_peak": ranges.peak(uncapped.tolist()),
         "batches": len(found.xi),
         "capped": int(found.capped.sum()),
     }

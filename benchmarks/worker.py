@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import assembly, checkpoint, compilation, environment, replicas
 from benchmarks.errors import UserError
-from benchmarks.files import CannotWrite, sha256
+from benchmarks.files import CannotWrite, finite, sha256
 from benchmarks.memory import keep_freed_memory
 from benchmarks.plan import Plan
 from benchmarks.run import SCHEMA, Run
@@ -252,7 +252,7 @@ class _Attempt:
                 if not math.isfinite(loss):
                     raise UserError(f"the test loss is not finite after epoch {trainer.epoch}")
                 record |= {"test_loss": loss, "test_error": error}
-            entry = {"epoch": trainer.epoch} | {k: _finite(v) for k, v in record.items()}
+            entry = {"epoch": trainer.epoch} | {k: finite(v) for k, v in record.items()}
             self.folder.append_metrics(entry)
             history.append(entry)
             self._show(trainer)
@@ -391,11 +391,6 @@ def weights_sha256(module: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: a number that does not exist is null."""
-    return value if math.isfinite(value) else None
 
 
 def _with_nan(record: dict[str, Any]) -> dict[str, float]:

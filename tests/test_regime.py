@@ -1,5 +1,7 @@
 """What post-training did, from records whose every number is known."""
 
+import shutil
+
 import pandas as pd
 import pytest
 
@@ -63,6 +65,13 @@ def test_of_a_whole_data_set_the_records_do_not_hold_the_steps(tmp_path):
     sweep = Sweep(tmp_path, SMALL)
     sweep.finish_all(lambda run: 5.0)
     assert post_training(sweep.folder).rate_steps.isna().all()
+
+
+def test_a_parent_whose_record_is_gone_leaves_a_gap_and_no_more(tmp_path):
+    sweep = Sweep(tmp_path, SMALL | {"data": {"train_size": 1000}, "seeds": [0]})
+    sweep.finish_all(lambda run: 5.0)
+    shutil.rmtree(sweep.store.folder(sweep.plan.runs[0]).path)
+    assert post_training(sweep.folder).loss_before.isna().all()
 
 
 def test_without_post_training_there_is_no_such_table(tmp_path):

@@ -16,7 +16,7 @@ from benchmarks.report.errors import KEYS, differences
 from benchmarks.report.guards import Evidence, Row
 from benchmarks.report.results import Results
 from benchmarks.report.statistics import summarise
-from benchmarks.report.tables import Table, key
+from benchmarks.report.tables import Table, key, losses_before, setting, setting_header
 from benchmarks.report.words import method_title, number, plus_minus
 
 READING = (
@@ -71,8 +71,7 @@ def table(evidence: Evidence) -> Table:
         digits = {"rate_steps": 3, "loss_before": 4, "loss_after": 4}
         rows.append(
             (
-                *row.cell,
-                *(value for _, value in row.split),
+                *setting(row),
                 method_title(row.arm.method),
                 plus_minus(summarise(list(errors.values())), signed=True),
                 *(number(values[name], digits.get(name, 2)) for name in list(_COLUMNS)[:-2]),
@@ -82,7 +81,8 @@ def table(evidence: Evidence) -> Table:
         )
         keys.append(key(row))
     header = (
-        *("dataset", "backbone", "augmentation", *evidence.split_by, "method"),
+        *setting_header(evidence),
+        "method",
         "error − base's [pp]",
         *_COLUMNS.values(),
     )
@@ -91,7 +91,6 @@ def table(evidence: Evidence) -> Table:
 
 
 def _values(results: Results, row: Row, base: Row) -> dict[str, Any]:
-    runs = [results.run(identity) for identity in row.runs.values()]
     identities = list(row.runs.values())
     tops, others = (quantities.top_eigenvalues(results, r) for r in (row, base))
     shared = [math.log(tops[s] / others[s]) for s in tops.keys() & others.keys()]
@@ -100,10 +99,8 @@ def _values(results: Results, row: Row, base: Row) -> dict[str, Any]:
         return _mean([results.metrics[i][index].get(name) for i in identities])
 
     return {
-        "rate_steps": _mean([_rate_steps(results, run.identity) for run in runs]),
-        "loss_before": _mean(
-            [results.results[run.parent]["train_loss"] for run in runs if run.parent]
-        ),
+        "rate_steps": _mean([_rate_steps(results, i) for i in identities]),
+        "loss_before": _mean(losses_before(results, row)),
         "loss_after": _mean([results.results[i]["train_loss"] for i in identities]),
         "eigenvalue_ratio": math.exp(_mean(shared)) if shared else math.nan,
         "xi_first": epoch(0, "xi_median"),

@@ -60,7 +60,7 @@ def error_table(evidence: Evidence) -> Table:
         done = [results.results[identity] for identity in row.runs.values()]
         rows.append(
             (
-                *_setting(row),
+                *setting(row),
                 method_title(row.arm.method),
                 plus_minus(summarise(list(errors.errors(results, row).values()))),
                 f"{len(row.runs)}/{len(results.plan.profile.seeds)}" + _state_note(results, row),
@@ -69,7 +69,7 @@ def error_table(evidence: Evidence) -> Table:
             )
         )
     header = (
-        *_setting_header(evidence),
+        *setting_header(evidence),
         "method",
         f"{evaluated(results.plan.profile)} error [%]",
         "n",
@@ -95,16 +95,16 @@ def difference_table(evidence: Evidence) -> Table:
     for row, base, values in errors.differences(evidence):
         rows.append(
             (
-                *_setting(row),
+                *setting(row),
                 f"{method_title(row.arm.method)} − {method_title(base.arm.method)}",
                 plus_minus(summarise(list(values.values())), signed=True),
                 str(len(values)),
-                words.mean(_losses_before(results, row)),
+                words.mean(losses_before(results, row)),
             )
         )
         keys.append(key(row))
     header = (
-        *_setting_header(evidence),
+        *setting_header(evidence),
         "paired difference",
         "[percentage points]",
         "n",
@@ -123,7 +123,7 @@ def hessian_table(evidence: Evidence) -> Table:
         decay = f" + {line.weight_decay:g} I" if line.weight_decay else ""
         rows.append(
             (
-                *_setting(line.row),
+                *setting(line.row),
                 method_title(line.row.arm.method),
                 f"{line.block}, {line.matrix}{decay}",
                 f"{line.split}, {line.samples:,}",
@@ -134,7 +134,7 @@ def hessian_table(evidence: Evidence) -> Table:
         )
         keys.append(key(line.row))
     header = (
-        *_setting_header(evidence),
+        *setting_header(evidence),
         "method",
         "block, matrix",
         "images",
@@ -296,11 +296,13 @@ def evaluated(profile: Profile) -> str:
     return "held-out" if profile.data.holdout else "test"
 
 
-def _setting(row: Row) -> tuple[str, ...]:
+def setting(row: Row) -> tuple[str, ...]:
+    """What a row is about, before its method."""
     return (*row.cell, *(value for _, value in row.split))
 
 
-def _setting_header(evidence: Evidence) -> tuple[str, ...]:
+def setting_header(evidence: Evidence) -> tuple[str, ...]:
+    """The titles of ``setting``."""
     return ("dataset", "backbone", "augmentation", *evidence.split_by)
 
 
@@ -321,7 +323,7 @@ def _published_cell(results: Results, row: Row) -> str:
     return f"{found[0]} ({found[1].title})" if found else ""
 
 
-def _losses_before(results: Results, row: Row) -> list[float]:
+def losses_before(results: Results, row: Row) -> list[float]:
     """Training losses of the networks that post-training started from."""
     parents = [results.run(identity).parent for identity in row.runs.values()]
     return [results.results[p]["train_loss"] for p in parents if p in results.results]
