@@ -9,6 +9,7 @@ RESULTS_DIR ?= results
 EXECUTOR    ?= local
 CLUSTER     ?=
 WATCH       ?=
+SEEDS_AT_ONCE ?= 1
 ROWS        ?=
 
 # PYTHON makes the virtual environment in VENV. With VENV= (empty) nothing is installed and PYTHON
@@ -33,6 +34,7 @@ help:  ## List the targets and the variables they take
 	@printf '\n  PROFILE=%s JOBS=%s DEVICE=%s DATA_DIR=%s RUNS_DIR=%s RESULTS_DIR=%s\n' \
 	  $(PROFILE) $(JOBS) $(DEVICE) $(DATA_DIR) $(RUNS_DIR) $(RESULTS_DIR)
 	@printf '  EXECUTOR=slurm CLUSTER=FILE.toml: on a Slurm cluster, see slurm/README.md.\n'
+	@printf '  SEEDS_AT_ONCE=4: a worker trains four seeds at once (for a small network on a GPU).\n'
 	@printf '  JOBS=0: a worker a core (one on a GPU). VENV= : use PYTHON=%s and its packages.\n' $(PYTHON)
 
 setup: $(READY)  ## Make the virtual environment with the pinned packages
@@ -49,7 +51,7 @@ $(VENV)/.ready: requirements.txt
 reproduce-table: $(READY)  ## Train what is missing of PROFILE and write its table of test errors
 	@$(PY) -m benchmarks reproduce-table --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR) \
-	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER))
+	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER)) --seeds-at-once $(SEEDS_AT_ONCE)
 
 resubmit: $(READY)  ## Start failed runs of PROFILE again on the Slurm cluster CLUSTER
 	@$(PY) -m benchmarks resubmit --profile $(PROFILE) --device $(DEVICE) \
@@ -62,7 +64,7 @@ cancel: $(READY)  ## Cancel the Slurm jobs of PROFILE and nothing else
 hessian: $(READY)  ## Measure the landscape around the networks of PROFILE; train what is missing
 	@$(PY) -m benchmarks hessian --profile $(PROFILE) --jobs $(JOBS) --device $(DEVICE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR) \
-	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER))
+	  --executor $(EXECUTOR) $(if $(CLUSTER),--cluster $(CLUSTER)) --seeds-at-once $(SEEDS_AT_ONCE)
 
 report: $(READY)  ## Rebuild tables, plots and pages of PROFILE from the records of its runs
 	@$(PY) -m benchmarks report --profile $(PROFILE) --results-dir $(RESULTS_DIR)
@@ -84,7 +86,7 @@ status: $(READY)  ## Show where the runs of PROFILE stand
 
 campaign: $(READY)  ## Train and measure PROFILES (gpu-…) for MINUTES (9.5), resumably: a machine on loan
 	@$(PY) -m benchmarks campaign $(PROFILES) $(if $(MINUTES),--minutes $(MINUTES)) \
-	  $(if $(PACK),--pack $(PACK)) --jobs $(JOBS) --device $(DEVICE) \
+	  $(if $(PACK),--pack $(PACK)) --jobs $(JOBS) --device $(DEVICE) --seeds-at-once $(SEEDS_AT_ONCE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
 
 doctor: $(READY)  ## Check data sets, packages, device, disk and write access

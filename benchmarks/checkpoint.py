@@ -47,7 +47,7 @@ def save(folder: Path, state: Mapping[str, Any], *, epoch: int, step: int, keep:
         UserError: The disk is full or the folder cannot be written.
     """
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save(_alone(dict(state)), buffer)
     content = buffer.getvalue()
     checksum = sha256(content)
     written = folder / f"e{epoch:04d}-s{step:06d}-{checksum}.pt"
@@ -60,6 +60,17 @@ def save(folder: Path, state: Mapping[str, Any], *, epoch: int, step: int, keep:
                 path.unlink(missing_ok=True)
         remove_drafts(folder)
     return checksum
+
+
+def _alone(state: Any) -> Any:
+    """The state with tensors that are views copied: torch saves all that a view looks into."""
+    if isinstance(state, dict):
+        return {key: _alone(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(_alone, state))
+    if isinstance(state, torch.Tensor) and state.untyped_storage().nbytes() > state.nbytes:
+        return state.clone()
+    return state
 
 
 def load_newest(folder: Path) -> Loaded:

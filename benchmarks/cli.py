@@ -34,6 +34,14 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 Executor = Annotated[
     Literal["local", "slurm"], typer.Option(help="Processes on this machine, or jobs of Slurm.")
 ]
+SeedsAtOnce = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Seeds of a method that a worker trains at once, side by side in one network; "
+        "equal to training each alone up to rounding. Local only.",
+    ),
+]
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="With slurm: the cluster, a TOML file.")
 ]
@@ -87,6 +95,7 @@ def reproduce_table(
     max_gpu_hours: MaxHours = None,
     executor: Executor = "local",
     cluster: ClusterFile = None,
+    seeds_at_once: SeedsAtOnce = 1,
 ) -> None:
     """Train what a profile asks for and is not trained yet, and write its table."""
     tables, complete = _train(
@@ -100,6 +109,7 @@ def reproduce_table(
         max_gpu_hours=max_gpu_hours,
         executor=executor,
         cluster=cluster,
+        seeds_at_once=seeds_at_once,
     )
     _print(f"\n{tables}")
     if not complete:
@@ -118,6 +128,7 @@ def _train(
     cluster: Path | None,
     retry_failed: bool = False,
     max_gpu_hours: float | None = None,
+    seeds_at_once: int = 1,
 ) -> tuple[str, bool]:
     """Train what is missing and write the results; their tables, and whether every run is done."""
     from benchmarks import cost, forecast, inventory, settings
@@ -141,6 +152,11 @@ def _train(
     store, published = Store(runs_dir), Store(results_dir / name / "runs")
     if published.root.resolve() == runs_dir.resolve():
         raise UserError(f"{runs_dir}: runs cannot be kept where finished records are published")
+    if executor == "slurm" and seeds_at_once > 1:
+        raise UserError(
+            "--seeds-at-once is for this machine's own workers; on a cluster, runs_per_gpu in its "
+            "file lets several runs share a GPU"
+        )
     on_slurm = OnSlurm(cluster, runs_dir, data_dir, device) if executor == "slurm" else None
     computes = choose_device("cpu" if on_slurm else device)  # a login node's says nothing
     kind = computes.type
@@ -159,6 +175,7 @@ def _train(
         data_dir=data_dir.resolve(),
         jobs=jobs,
         device=kind if device == "auto" else device,
+        seeds_at_once=seeds_at_once,
     )
     unfinished = [r for r in plan.runs if store.folder(r).state() in local.STARTABLE]
     workers = jobs or local.default_jobs(options.device, len(unfinished))
@@ -194,7 +211,7 @@ def _train(
     tell(counts_line(sweep.states))
     if failed and not retry_failed:
         tell(f"{len(failed)} runs had failed before and were not tried again (--retry-failed)")
-    at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers
+    at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers * seeds_at_once
     if launch is not None and (compared := forecast.after_sweep(launch, store, wall, at_once)):
         console.print(compared)
     return tables, not sweep.unfinished()
@@ -343,6 +360,7 @@ def hessian(
     device: Device = "auto",
     executor: Executor = "local",
     cluster: ClusterFile = None,
+    seeds_at_once: SeedsAtOnce = 1,
 ) -> None:
     """Measure the landscape around every finished network; train first what is missing."""
     from dataclasses import asdict
@@ -368,6 +386,7 @@ def hessian(
         device=device,
         executor=executor,
         cluster=cluster,
+        seeds_at_once=seeds_at_once,
     )
     console = Console()
 
@@ -609,13 +628,14 @@ def campaign(
     runs_dir: RunsDir = _RUNS,
     results_dir: ResultsDir = _RESULTS,
     device: Device = "auto",
+    seeds_at_once: SeedsAtOnce = 1,
 ) -> None:
     """Train and measure a list of profiles in pieces of limited time, on a machine on loan."""
     from benchmarks import campaign as campaigning
 
     names = profiles or list(campaigning.GPU)
     places = campaigning.Places(data_dir, runs_dir, results_dir)
-    options = ["--jobs", str(jobs), "--device", device]
+    options = ["--jobs", str(jobs), "--device", device, "--seeds-at-once", str(seeds_at_once)]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stop = time.monotonic() + 60.0 * minutes - campaigning.CLOSING_SECONDS
     complete = campaigning.carry_on(
@@ -706,7 +726,7 @@ def work(
         should_stop=lambda: stopping or os.getppid() != parent,
         checkpoint_seconds=float(os.environ.get("POF_CHECKPOINT_SECONDS", CHECKPOINT_SECONDS)),
     )
-    serve(worker)
+    serve(worker, worker.carry_out_at_once)
 
 
 @app.command(hidden=True)

@@ -102,6 +102,12 @@ class Run(Strict):
             canonical_json({"schema": SCHEMA, "settings": settings, "parent": self.parent})
         )
 
+    @cached_property
+    def apart_from_seed(self) -> str:
+        """Equal for runs that differ in nothing but the seed."""
+        settings = TypeAdapter(RunSettings).dump_python(self.settings, mode="json")
+        return canonical_json({**settings, "seed": None})
+
     @property
     def name(self) -> str:
         """Folder name: readable, and unique through the head of the identity."""

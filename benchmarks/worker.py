@@ -3,12 +3,14 @@
 import hashlib
 import math
 import os
+import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,9 +20,10 @@ from benchmarks.errors import UserError
 from benchmarks.files import CannotWrite, finite, sha256
 from benchmarks.memory import keep_freed_memory
 from benchmarks.plan import Plan
-from benchmarks.run import SCHEMA, Run
+from benchmarks.run import SCHEMA, Run, RunSettings
 from benchmarks.store import Busy, RunFolder, State, Store
 from pof import data
+from pof.ensemble import Ensemble, NotSideBySide
 from pof.parallel import Processes
 from pof.post_training import is_runaway
 from pof.training import NonFiniteLoss, Trainer, evaluate
@@ -106,11 +109,12 @@ def _guarded(run: Run, folder: RunFolder, work: Callable[[], bool]) -> tuple[End
     Raises:
         CannotWrite: That is not written down: with room made, the run continues.
         Busy: Nor is this: another process has what the work is about.
+        NotSideBySide: Nor is this: alone, the run can be trained.
     """
     try:
         folder.create(run)
         return (Ending.DONE if work() else Ending.INTERRUPTED), ""
-    except (CannotWrite, Busy):
+    except (CannotWrite, Busy, NotSideBySide):
         raise
     except Exception as error:
         expected = isinstance(error, UserError | NonFiniteLoss)
@@ -149,11 +153,17 @@ class Worker:
         self.device = device
         self.should_stop = should_stop
         self.checkpoint_seconds = checkpoint_seconds
+        self.building = threading.Lock()  # initial weights come from the global generator
         self._runs = plan.by_identity()
         self._datasets: dict[str, data.Dataset] = {}
+        self._subject: tuple[str, assembly.Subject] | None = None
 
-    def carry_out(self, run: Run) -> tuple[Ending, str]:
+    def carry_out(self, run: Run, company: "_Company | None" = None) -> tuple[Ending, str]:
         """Train a run to its end, or as far as it goes.
+
+        Args:
+            run: The run.
+            company: The runs that it is trained in step with, if any.
 
         Returns:
             How it ended, and in one line why if it did not end well.
@@ -163,15 +173,65 @@ class Worker:
         def train() -> bool:
             measured = compilation.measured if run.settings.compile else compilation.unmeasured
             with measured() as compiling:
-                return _Attempt(self, run, folder, compiling).train()
+                return _Attempt(self, run, folder, compiling, company).train()
 
         return carry_out(run, folder, train)
+
+    def carry_out_at_once(
+        self, runs: Sequence[Run], ended: Callable[[Run, Ending, str], None]
+    ) -> None:
+        """Train runs that differ in nothing but the seed, all at once.
+
+        Where their networks cannot be computed side by side, one after the other.
+
+        Args:
+            runs: The runs.
+            ended: Told of each how it ended; called from the run's own thread.
+        """
+        ensemble = Ensemble(len(runs), compile=runs[0].settings.compile)
+        seeds = [run.settings.seed for run in runs]
+        refused: list[tuple[Run, str]] = []
+        broken: list[BaseException] = []
+
+        def train(index: int, run: Run) -> None:
+            try:
+                ended(run, *self.carry_out(run, _Company(ensemble, index, seeds)))
+            except NotSideBySide as error:
+                refused.append((run, str(error)))
+            except BaseException as error:
+                broken.append(error)
+            finally:
+                ensemble.leave(index)
+
+        threads = [
+            threading.Thread(target=train, args=(index, run), name=run.name)
+            for index, run in enumerate(runs)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if broken:
+            raise broken[0]
+        for run, reason in sorted(refused, key=lambda pair: pair[0].settings.seed):
+            print(f"{run.name}: not trained at once with other seeds: {reason}", file=sys.stderr)
+            ended(run, *self.carry_out(run))
 
     def dataset(self, name: str) -> data.Dataset:
         """A data set, read once a process."""
         if name not in self._datasets:
             self._datasets[name] = assembly.load_dataset(name, self.data_dir)
         return self._datasets[name]
+
+    def subject(self, settings: RunSettings) -> assembly.Subject:
+        """A run's images on the device; those of the run before, where they are the same."""
+        which = f"{settings.dataset} {settings.fingerprint} {settings.data.model_dump_json()}"
+        if self._subject is None or self._subject[0] != which:
+            self._subject = None
+            dataset = self.dataset(settings.dataset)
+            subject = assembly.prepare_subject(settings, dataset, self.device)
+            self._subject = (which, subject)
+        return self._subject[1]
 
     def parent_state(self, run: Run) -> tuple[dict[str, Any], str]:
         """The final checkpoint of the run's parent and its checksum.
@@ -191,16 +251,37 @@ class Worker:
         return loaded.state["trainer"], loaded.checksum
 
 
+class _Company(NamedTuple):
+    """Runs that are trained at once, as one of them sees it.
+
+    Attributes:
+        ensemble: Where they meet.
+        place: This run's.
+        seeds: Of all.
+    """
+
+    ensemble: Ensemble
+    place: int
+    seeds: Sequence[int]
+
+
 class _Attempt:
     """One process's work on one run, from its last checkpoint on."""
 
     def __init__(
-        self, worker: Worker, run: Run, folder: RunFolder, compiling: compilation.Compiling
+        self,
+        worker: Worker,
+        run: Run,
+        folder: RunFolder,
+        compiling: compilation.Compiling,
+        company: _Company | None,
     ) -> None:
         self.worker = worker
         self.run = run
         self.folder = folder
         self.compiling = compiling
+        self.company = company
+        self.seeds_at_once: set[int] = set()  # at this start or an earlier one
         self.settings = run.settings
         self.warnings: list[str] = []
         self.starts = 0
@@ -212,12 +293,15 @@ class _Attempt:
     def train(self) -> bool:
         """Train to the end; ``False`` if asked to stop on the way."""
         settings = self.settings
-        subject = assembly.prepare_subject(
-            settings, self.worker.dataset(settings.dataset), self.worker.device
-        )
         processes = Processes(0, settings.gpus_per_run)
-        trainer = assembly.build_trainer(settings, subject, self.worker.device, processes)
+        with self.worker.building:
+            subject = self.worker.subject(settings)
+            trainer = assembly.build_trainer(settings, subject, self.worker.device, processes)
         history = self._resume(trainer)
+        if self.company is not None:
+            objective = trainer.gradient.objective
+            trainer.gradient.objective = self.company.ensemble.member(self.company.place, objective)
+            self.seeds_at_once.update(self.company.seeds)
         with replicas.together(settings, trainer, self.worker.data_dir, self.worker.device):
             return self._train(trainer, subject, history)
 
@@ -275,6 +359,7 @@ class _Attempt:
                 self.seconds_before = state["seconds"]
                 self.warnings = state["warnings"] + self.warnings
                 self.parent = state["parent"]
+                self.seeds_at_once.update(state.get("seeds_at_once", ()))
                 trainer.load_state_dict(state["trainer"])
                 return self.folder.keep_metrics(trainer.epoch)
             self.warnings.append("metrics.jsonl lacks epochs before the checkpoint: started over")
@@ -318,6 +403,8 @@ class _Attempt:
             "parent": self.parent,
             "trainer": trainer.state_dict(),
         }
+        if self.seeds_at_once:
+            state["seeds_at_once"] = sorted(self.seeds_at_once)
         checksum = checkpoint.save(
             self.folder.checkpoints, state, epoch=trainer.epoch, step=trainer.step, keep=keep
         )
@@ -377,6 +464,11 @@ class _Attempt:
             result["compiled"] = {
                 "seconds": round(self.compiling.seconds, 3),  # of the last start
                 "bits": "not promised: a resumed or repeated run may differ by rounding",
+            }
+        if self.seeds_at_once:
+            result["at_once"] = {
+                "seeds": sorted(self.seeds_at_once),
+                "bits": "not promised: equal to a run trained alone up to rounding",
             }
         if self.settings.pof is not None:
             result["runaway"] = is_runaway([_with_nan(record) for record in history])

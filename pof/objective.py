@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pof.network import Network
 
@@ -52,8 +52,12 @@ class Objective:
 
     def features(self, images: Tensor) -> Tensor:
         """Features f of ``images`` (N, C, H, W), shape (N, d), through the feature extractor."""
+        return self.through(self.network.feature_extractor, images)
+
+    def through(self, extractor: nn.Module, images: Tensor) -> Tensor:
+        """What a feature extractor makes of ``images``, in the chosen precision."""
         with self._autocast(images.device):
-            features: Tensor = self.network.feature_extractor(images)
+            features: Tensor = extractor(images)
         return features
 
     def at(self, features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor) -> Outcome:

@@ -35,7 +35,13 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Gradient(Protocol):
-    """Leaves a batch's gradient in ``.grad`` and returns the outcome at the current weights."""
+    """Leaves a batch's gradient in ``.grad`` and returns the outcome at the current weights.
+
+    Attributes:
+        objective: What it is the gradient of.
+    """
+
+    objective: Objective
 
     def __call__(self, images: Tensor, labels: Tensor, /) -> Outcome:
         """Set ``.grad``."""

@@ -24,15 +24,21 @@ def main(arguments: list[str]) -> None:
     workers = store.root / "workers"
     workers.mkdir(exist_ok=True)
     (workers / str(os.getpid())).touch()
-    while name := sys.stdin.readline().strip():
-        run = runs[name]
+
+    def answer(run, ending, reason=""):
+        said = {"run": run.identity, "ending": ending, "reason": reason}
+        print(json.dumps(said), flush=True)
+
+    queue = []
+    while queue or (queue := sys.stdin.readline().split()):
+        run = runs[queue.pop(0)]
         folder = store.folder(run)
         tries = store.root / "tries"
         ending, reason = "DONE", ""
         try:
             with folder.lock():
                 if folder.state_of_files() is State.DONE:
-                    print(json.dumps({"ending": ending, "reason": reason}), flush=True)
+                    answer(run, ending)
                     continue
                 with tries.open("a") as file:
                     file.write(run.label + "\n")
@@ -44,7 +50,7 @@ def main(arguments: list[str]) -> None:
                 elif order == "exit":
                     sys.exit(3)
                 elif order == "stopped":
-                    print(json.dumps({"ending": "INTERRUPTED", "reason": ""}), flush=True)
+                    answer(run, "INTERRUPTED")
                     return
                 elif order == "fail":
                     folder.create(run)
@@ -62,7 +68,7 @@ def main(arguments: list[str]) -> None:
                     finish(store, run, 5.0)
         except Busy:
             ending = "BUSY"
-        print(json.dumps({"ending": ending, "reason": reason}), flush=True)
+        answer(run, ending, reason)
 
 
 if __name__ == "__main__":

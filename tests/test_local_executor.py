@@ -31,7 +31,7 @@ class Sweeps:
         (run,) = [run for run in self.plan.runs if text in run.label]
         return run
 
-    def execute(self, orders=None, *, jobs=2, observe=None):
+    def execute(self, orders=None, *, jobs=2, observe=None, seeds_at_once=1):
         named = {self.labelled(text).label: what for text, what in (orders or {}).items()}
         self.orders.write_text(json.dumps(named))
         options = local.Options(
@@ -40,6 +40,7 @@ class Sweeps:
             data_dir=self.store.root,
             jobs=jobs,
             device="cpu",
+            seeds_at_once=seeds_at_once,
         )
 
         def follow(sweep, run):
@@ -98,6 +99,23 @@ def test_every_run_is_carried_out_once_parents_first_and_never_again(sweeps):
     assert set(again.states.values()) == {State.DONE}
     assert made.history == []
     assert (made.store.root / "tries").read_text().splitlines() == tries
+
+
+def test_seeds_given_to_a_worker_at_once_that_dies_are_tried_again_and_differ_in_the_seed(sweeps):
+    made = sweeps({"seeds": [0, 1, 2]})
+    given = []
+
+    def observe(sweep, run):
+        if run is not None and sweep.states[run.identity] is State.RUNNING:
+            given.append(run)
+
+    first = "sam epochs 0–2 seed 1"
+    sweep = made.execute({first: ["crash"]}, jobs=1, observe=observe, seeds_at_once=2)
+    assert set(sweep.states.values()) == {State.DONE}
+    assert made.tries(first) == 2
+    assert [run.settings.seed for run in given[:2]] == [0, 1]
+    assert given[0].apart_from_seed == given[1].apart_from_seed
+    assert len({run.apart_from_seed for run in made.plan.runs}) == len(made.plan.runs) / 3
 
 
 def test_a_failed_run_blocks_its_children_and_nobody_else(sweeps):

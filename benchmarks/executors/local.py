@@ -1,8 +1,8 @@
 """The local executor: a few worker processes on this machine, the cores divided among them.
 
-A worker is ``python -m benchmarks work``: it reads the names of runs from its standard input, one
-a line, and answers with a line of JSON when a run has ended. It outlives its runs, so PyTorch is
-loaded once, and dies alone: a crash costs its run a retry and the others nothing.
+A worker is ``python -m benchmarks work``: it reads the names of runs from its standard input and
+answers with a line of JSON when a run has ended. It outlives its runs, so PyTorch is loaded once,
+and dies alone: a crash costs its runs a retry and the others nothing.
 """
 
 import json
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +38,7 @@ class Options:
         data_dir: Where data sets are.
         jobs: Worker processes; 0: one a core on a CPU, one on a GPU.
         device: ``auto``, ``cpu``, ``cuda``, ….
+        seeds_at_once: Runs that a worker trains at once, if they differ in nothing but the seed.
     """
 
     runs_dir: Path
@@ -45,6 +46,7 @@ class Options:
     data_dir: Path
     jobs: int
     device: str
+    seeds_at_once: int = 1
 
 
 @dataclass
@@ -117,10 +119,11 @@ def execute(
 
 
 class _WorkerProcess:
-    """One worker process and the run it is at."""
+    """One worker process and the runs it is at, by identity."""
 
     def __init__(self, options: Options, threads: int, log: IO[bytes]) -> None:
-        self.run: Run | None = None
+        self.runs: dict[str, Run] = {}
+        self.leaving = False
         environment = os.environ | {
             name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
         }
@@ -141,16 +144,25 @@ class _WorkerProcess:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self._heard = b""
 
-    def give(self, run: Run) -> bool:
-        """Hand over a run; ``False`` if the worker is gone."""
-        self.run = run
+    def give(self, runs: Sequence[Run]) -> bool:
+        """Hand over runs to be carried out at once; ``False`` if the worker is gone."""
+        self.runs = {run.identity: run for run in runs}
         try:
-            self.stdin.write(run.identity.encode() + b"\n")
+            self.stdin.write(" ".join(self.runs).encode() + b"\n")
             self.stdin.flush()
         except BrokenPipeError:
             return False
         return True
+
+    def answers(self) -> list[dict[str, str]] | None:
+        """What the worker has said; ``None``: it is gone."""
+        said = os.read(self.stdout.fileno(), 65536)
+        if not said:
+            return None
+        *lines, self._heard = (self._heard + said).split(b"\n")
+        return [json.loads(line) for line in lines]
 
     def end(self) -> None:
         """No more runs."""
@@ -183,9 +195,8 @@ class _Pool:
             self.options.runs_dir.mkdir(parents=True, exist_ok=True)
         while True:
             self._look_elsewhere()
-            ready = self._ready()
-            for run in ready[: self.jobs - self._busy()]:
-                self._start(run)
+            while self._busy() < self.jobs and (ready := self._ready()):
+                self._start(self._at_once(ready))
             if not self._busy() and not self.elsewhere and not self._ready():
                 return
             for key, _ in self.selector.select(timeout=0.25):
@@ -204,14 +215,23 @@ class _Pool:
         ]
         return sorted(ready, key=lambda run: -self.priority[run.identity])
 
-    def _busy(self) -> int:
-        return sum(worker.run is not None for worker in self.workers)
+    def _at_once(self, ready: Sequence[Run]) -> list[Run]:
+        """The first of the runs, and others to be trained with it."""
+        first = ready[0]
+        if first.settings.gpus_per_run > 1:
+            return [first]
+        alike = [run for run in ready if run.apart_from_seed == first.apart_from_seed]
+        return alike[: self.options.seeds_at_once]
 
-    def _start(self, run: Run) -> None:
-        idle = [worker for worker in self.workers if worker.run is None]
+    def _busy(self) -> int:
+        return sum(bool(worker.runs) for worker in self.workers)
+
+    def _start(self, runs: Sequence[Run]) -> None:
+        idle = [worker for worker in self.workers if not worker.runs]
         worker = idle[0] if idle else self._new_worker()
-        self._set(run, State.RUNNING)
-        if not worker.give(run):
+        for run in runs:
+            self._set(run, State.RUNNING)
+        if not worker.give(runs):
             self._lost(worker)
 
     def _new_worker(self) -> _WorkerProcess:
@@ -222,29 +242,34 @@ class _Pool:
         return worker
 
     def _hear(self, worker: _WorkerProcess) -> None:
-        """A worker has something to say: how its run ended, or nothing: it is gone."""
-        line = worker.stdout.readline()
-        if not line:
+        """A worker has something to say: how runs ended, or nothing: it is gone."""
+        answers = worker.answers()
+        if answers is None:
             self._lost(worker)
             return
-        answer = json.loads(line)
-        run, worker.run = worker.run, None
-        assert run is not None
-        if answer["ending"] == "BUSY":
-            self.elsewhere.add(run.identity)
-            return
-        if answer["ending"] == "INTERRUPTED":  # somebody asked the worker to stop: it leaves
+        for answer in answers:
+            run = worker.runs.pop(answer["run"])
+            ending = answer["ending"]
+            if ending == "BUSY":
+                self.elsewhere.add(run.identity)
+                continue
+            if ending == "INTERRUPTED":  # somebody asked the worker to stop: it leaves
+                worker.leaving = True
+            if answer["reason"]:
+                self.sweep.reasons[run.identity] = answer["reason"]
+            self._set(run, State(ending))
+        if worker.leaving and not worker.runs:
             self._dismiss(worker)
-        if answer["reason"]:
-            self.sweep.reasons[run.identity] = answer["reason"]
-        self._set(run, State(answer["ending"]))
 
     def _lost(self, worker: _WorkerProcess) -> None:
-        """A worker died: try its run again, a bounded number of times."""
-        run, worker.run = worker.run, None
+        """A worker died: try its runs again, a bounded number of times."""
+        runs = list(worker.runs.values())
+        worker.runs = {}
         code = self._dismiss(worker)
-        if run is None:
-            return
+        for run in runs:
+            self._crashed(run, code)
+
+    def _crashed(self, run: Run, code: int) -> None:
         count = self.crashes[run.identity] = self.crashes.get(run.identity, 0) + 1
         if count <= CRASHES_ALLOWED:
             self._set(run, State.INTERRUPTED)
@@ -299,7 +324,7 @@ class _Pool:
         finally:
             for worker in self.workers:
                 worker.end()
-                if worker.run is not None:
+                if worker.runs:
                     worker.process.send_signal(signal.SIGTERM)
             deadline = time.monotonic() + _STOP_SECONDS
             for worker in self.workers:
