@@ -232,7 +232,7 @@ class _Joined:
         # Pixel by pixel, the members' channels lie next to each other.
         pixels = torch.cat([request.images.permute(0, 2, 3, 1) for request in requests], 3)
         images = pixels.permute(0, 3, 1, 2)
-        if not requests[0].images.is_contiguous(memory_format=torch.channels_last):
+        if requests[0].images.stride(1) != 1:  # not channels-last
             images = images.contiguous()
         features = self.objectives[0].through(self.extractor, images)
         self._count_batches()

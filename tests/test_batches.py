@@ -64,6 +64,29 @@ def test_memory_format(channels_last):
     assert images.is_contiguous(memory_format=wanted)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_memory_format_reaches_the_network_whatever_the_channels(channels, channels_last):
+    """With one channel the two formats differ in strides alone, which convolutions go by."""
+    batches = Batches(
+        torch.zeros(8, 6, 6, channels, dtype=torch.uint8),
+        torch.zeros(8, dtype=torch.int64),
+        batch_size=4,
+        augmentation=AugmentationSettings(kind="none"),
+        normalise=Normalise((0.5,) * channels, (0.25,) * channels, device=torch.device("cpu")),
+        order_seed=0,
+        augmentation_seed=0,
+        channels_last=channels_last,
+    )
+    wanted = torch.channels_last if channels_last else torch.contiguous_format
+    other = torch.contiguous_format if channels_last else torch.channels_last
+    images, _ = batches.draw()
+    convolution = torch.nn.Conv2d(channels, 4, 3).to(memory_format=wanted)
+    features = convolution(images)
+    assert features.is_contiguous(memory_format=wanted)
+    assert not features.is_contiguous(memory_format=other)
+
+
 def test_the_order_is_independent_of_the_augmentation(make_batches):
     plain = make_batches(kind="none")
     for other in (make_batches(kind="cutout"), make_batches(augmentation_seed=9)):

@@ -15,6 +15,7 @@ from benchmarks.speed.row import Bench, Row, Variant
 from benchmarks.speed.subjects import VARIANTS, steps, trainer
 from pof import _torchvision
 from pof.data import DATASETS
+from pof.data.batches import laid_out
 from pof.training import Trainer
 
 _WORKERS = 2
@@ -106,7 +107,7 @@ def _epoch(memory_format: torch.memory_format) -> Callable[[Bench, Variant], lis
             def epoch() -> None:
                 network.train()
                 for images, labels in loader:
-                    images = images.to(bench.device, memory_format=memory_format)
+                    images = laid_out(images.to(bench.device), memory_format)
                     labels = labels.to(bench.device)
                     optimizer.zero_grad()
                     F.cross_entropy(network(images), labels).backward()

@@ -12,6 +12,7 @@ from benchmarks.speed.conditions import beside_users
 from benchmarks.speed.core import ratios
 from benchmarks.speed.row import Bench, Row, Variant, peer
 from benchmarks.speed.subjects import SMALL, VARIANTS, steps, trainer
+from pof.data.batches import laid_out
 from pof.settings import OptimizerSettings, SAMSettings
 from pof.training import Trainer
 
@@ -125,7 +126,7 @@ def _peer_sam_step(
     SAM = peer("pytorch_optimizer", "pytorch_optimizer").SAM
     network: nn.Module = trainer(bench, variant, "sam").network
     network = network.to(memory_format=memory_format).train()  # type: ignore[call-overload]
-    images = images.contiguous(memory_format=memory_format)
+    images = laid_out(images, memory_format)
     base = OptimizerSettings()
     optimizer = SAM(
         network.parameters(),

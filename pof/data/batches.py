@@ -9,6 +9,18 @@ from pof.data.augmentation import Augment, Normalise
 from pof.settings import AugmentationSettings
 
 
+def laid_out(images: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A copy of ``images`` (N, C, H, W) with the strides of a memory format, to the last one.
+
+    With one channel ``contiguous`` takes either format for the other and keeps the strides, and by
+    those strides the first convolution chooses the format that the whole network computes in.
+    """
+    empty = torch.empty(
+        images.shape, dtype=images.dtype, device=images.device, memory_format=memory_format
+    )
+    return empty.copy_(images)
+
+
 class Batches:
     """Draws batches in a fresh random order each epoch; the last of an epoch may be smaller.
 
@@ -65,7 +77,7 @@ class Batches:
         pixels = self._augment.crop_and_flip(self.images.index_select(0, chosen))
         images = self._augment.cut_out(self.normalise(pixels)).permute(0, 3, 1, 2)
         if not self.channels_last:
-            images = images.contiguous()
+            images = laid_out(images, torch.contiguous_format)
         return images, self.labels.index_select(0, chosen)
 
     def _start_epoch(self) -> None:
