@@ -74,10 +74,12 @@ def test_explain_shows_restarts_warnings_dirt_and_what_is_missing(tmp_path):
         post = run.parent is not None
         where = environment(code={"revision": "ab12", "dirty": True})
         more = {"runaway": True, "capped_share": 0.25} if post else {}
+        more |= {"at_once": {"seeds": [0, 1], "bits": "not promised: rounding"}}
         made.finish(run, 4.0, where=where, starts=3, warnings=["started over"], **more)
     text = explain(made.folder, Choice())
     for said in (
         "code ab12, with uncommitted changes",
+        "trained at once with other seeds: bits not promised: rounding",
         "2 restarts",
         "warning: started over",
         "warning: post-training ran away",

@@ -136,6 +136,9 @@ def _run(results: Results, run: Run) -> Iterator[str]:
     starts = result.get("starts", 1)
     restarts = f", {starts - 1} restarts" if starts > 1 else ""
     yield f"  {result['seconds']:.0f} s of wall time{restarts}"
+    for how, said in (("compiled", "compiled"), ("at_once", "at once with other seeds")):
+        if how in result:
+            yield f"  trained {said}: bits {result[how]['bits']}"
     for measurement in results.measurements[run.identity]:
         if isinstance(measurement, Hessian):
             top = measurement.top_eigenvalue
