@@ -12,7 +12,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class _Request:
     """
 
     member: int
-    kind: str
+    kind: Literal["gradient", "features"]
     images: Tensor
     labels: Tensor | None = None
     weight: float = 1.0
@@ -131,6 +131,7 @@ class Ensemble:
         self._compile = compile
         self._present = set(range(size))
         self._objectives: dict[int, Objective] = {}
+        self._norms: dict[int, list[_BatchNorm]] = {}
         self._waiting: dict[int, _Request] = {}
         self._turn = threading.Condition()
         self._joined: _Joined | None = None
@@ -139,6 +140,7 @@ class Ensemble:
         """The objective of a member, computed together with the others'."""
         with self._turn:
             self._objectives[index] = objective
+            self._norms[index] = _norms(objective.network.feature_extractor)
         return MemberObjective(objective, lambda **asked: self._ask(_Request(index, **asked)))
 
     def leave(self, index: int) -> None:
@@ -180,8 +182,8 @@ class Ensemble:
         members = tuple(request.member for request in requests)
         objectives = [self._objectives[member] for member in members]
         asked = {
-            (request.kind, request.images.shape, _modes(objective))
-            for request, objective in zip(requests, objectives, strict=True)
+            (request.kind, request.images.shape, _modes(self._norms[request.member]))
+            for request in requests
         }
         if len(members) == 1 or len(asked) > 1:
             return None
@@ -331,9 +333,6 @@ def _norms(module: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
 
 
-def _modes(objective: Objective) -> tuple[tuple[bool, bool], ...]:
+def _modes(layers: Sequence[_BatchNorm]) -> tuple[tuple[bool, bool], ...]:
     """How BatchNorm normalises and whether it records: SAM's second pass may not."""
-    return tuple(
-        (layer.training, layer.track_running_stats)
-        for layer in _norms(objective.network.feature_extractor)
-    )
+    return tuple((layer.training, layer.track_running_stats) for layer in layers)
