@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 
 from benchmarks.environment import code_revision
 from benchmarks.errors import UserError
-from benchmarks.speed import curvature, harness, pipeline, ranges, training
+from benchmarks.speed import accelerator, curvature, harness, pipeline, ranges, training
 from benchmarks.speed.core import median_and_spread
 from benchmarks.speed.row import Bench, Row, Variant
 from benchmarks.speed.table import Result
@@ -16,6 +16,7 @@ ROWS: tuple[Row, ...] = (
     *ranges.ROWS,
     *harness.ROWS,
     *curvature.ROWS,
+    *accelerator.ROWS,
 )
 
 
@@ -53,7 +54,7 @@ def measure(bench: Bench, row: Row, variant: Variant) -> Result:
     common = {
         "row": name_of(row, variant),
         "limit": _number(row.limit),
-        "goal": _number(row.goal),
+        "goal": _number(row.goal_on(bench.device.type)),
         "unit": row.unit,
         "revision": f"{(revision['revision'] or '')[:12]}{'+' if revision['dirty'] else ''}",
         "compares": row.compares,
@@ -68,7 +69,7 @@ def measure(bench: Bench, row: Row, variant: Variant) -> Result:
         **common,
         value=_number(value),
         spread=_number(spread),
-        met="" if row.goal is None else ("yes" if row.met(value) else "no"),
+        met="" if not common["goal"] else ("yes" if row.met(value, bench.device.type) else "no"),
         repetitions=str(len(values)),
         missing="",
     )
