@@ -648,6 +648,25 @@ def campaign(
         sys.exit(1)
 
 
+@app.command("pack-data")
+def pack_data(
+    profiles: Annotated[
+        list[str] | None, typer.Argument(help="Whose data. [default: gpu-…]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to gather it in.")] = Path("packed-data"),
+    megabytes: Annotated[float, typer.Option(min=0.0, help="Most that it may take.")] = 60.0,
+    data_dir: DataDir = _DATA,
+) -> None:
+    """Gather the data of profiles for a machine without network: its --data-dir."""
+    from benchmarks import campaign as campaigning
+    from benchmarks.packing import pack_data as packed
+
+    names = profiles or list(campaigning.GPU)
+    files = packed(names, data_dir, out, megabytes=megabytes, tell=_print)
+    size = sum(path.stat().st_size for path in files)
+    _print(f"{size / 1e6:.1f} MB in {out}; there: --data-dir {out}, or DATA_DIR={out}")
+
+
 @app.command()
 def speed(
     rows: Annotated[
