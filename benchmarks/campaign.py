@@ -23,6 +23,13 @@ from benchmarks.store import State, Store
 # What is worth a GPU's time, in this order.
 GPU = ("gpu-fashion", "gpu-cifar10-jpeg", "gpu-map", "gpu-wide")
 
+# Of the rows of ``benchmarks speed``, those that say something on a GPU.
+SPEED = (
+    *("matmul-share", "plain-loop", "pair-minutes", "seeds-at-once", "peak-memory"),
+    *("sam-step", "pof-step", "pof-epoch", "pair", "range-search", "input-share"),
+    *("bf16-step", "host-waits"),
+)
+
 # Left at the end of a piece for the last checkpoints and the report.
 CLOSING_SECONDS = 30.0
 _POLL_SECONDS = 0.2
@@ -57,20 +64,23 @@ def carry_on(
     *,
     out_of_time: Callable[[], bool],
     options: Sequence[str] = (),
+    speed: Sequence[str] | None = None,
     tell: Callable[[str], None],
 ) -> bool:
-    """Train and measure the profiles in order, as far as the time goes.
+    """Measure speed, then train and measure the profiles in order, as far as the time goes.
 
     Args:
         profiles: Names or TOML files.
         places: Where things are.
-        out_of_time: Asked a few times a second; then the running profile is stopped.
+        out_of_time: Asked a few times a second; then what is running is stopped.
         options: More options of ``benchmarks hessian`` (``--jobs``, ``--device``).
+        speed: Rows and options of ``benchmarks speed``; ``None``: it is not measured. A row that
+            has a figure of this machine and revision is not measured again.
         tell: Takes lines for people.
 
     Returns:
-        Whether every profile is complete. A profile with failed runs is not, and does not keep
-        the next from its turn.
+        Whether all is complete. A profile with failed runs is not, nor are rows that broke off,
+        and neither keeps the next from its turn.
 
     Raises:
         UserError: A profile is wrong.
@@ -78,8 +88,16 @@ def carry_on(
     for profile in profiles:
         load_profile(profile)
     complete = True
+    if speed is not None:
+        where = ("--data-dir", str(places.data_dir), "--results-dir", str(places.results_dir))
+        ended = _run(["speed", "--new", *speed, *where], out_of_time)
+        if ended is None:
+            tell("time is up in the rows of speed: the same command goes on from here")
+            return False
+        complete = ended == 0
     for profile in profiles:
-        ended = _hessian(profile, places, options, out_of_time)
+        command = ["hessian", "--profile", profile, *places.options(), *options]
+        ended = _run(command, out_of_time)
         if ended is None:
             _publish(profile, places)
             tell(f"time is up in {profile}: the same command goes on from here")
@@ -88,12 +106,9 @@ def carry_on(
     return complete
 
 
-def _hessian(
-    profile: str, places: Places, options: Sequence[str], out_of_time: Callable[[], bool]
-) -> int | None:
-    """Train and measure one profile; its exit status, or ``None`` if time ran out."""
-    command = [sys.executable, "-m", "benchmarks", "hessian", "--profile", profile]
-    process = subprocess.Popen([*command, *places.options(), *options])
+def _run(command: Sequence[str], out_of_time: Callable[[], bool]) -> int | None:
+    """Carry out one of our commands; its exit status, or ``None`` if time ran out."""
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *command])
     try:
         while not out_of_time():
             with suppress(subprocess.TimeoutExpired):

@@ -98,3 +98,53 @@ def test_a_wrong_profile_is_refused_before_anything_starts(tmp_path):
             tell=print,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_speed_comes_first_and_what_is_left_of_it_goes_on_the_next_time(tmp_path, monkeypatch):
+    where = places(tmp_path)
+    profile = str(profile_file(tmp_path, ONE))
+    commands, endings = [], iter([None, 1, 0, 0, 0])
+
+    def run(command, out_of_time):
+        commands.append(list(command))
+        return next(endings)
+
+    monkeypatch.setattr(campaign, "_run", run)
+
+    def carry_on(**more):
+        said = []
+        complete = campaign.carry_on(
+            [profile], where, out_of_time=lambda: False, options=OPTIONS, tell=said.append, **more
+        )
+        return complete, said
+
+    speed = ["sam-step", "--device", "cpu"]
+    said = "time is up in the rows of speed: the same command goes on from here"
+    assert carry_on(speed=speed) == (False, [said])
+    assert carry_on(speed=speed) == (False, [])  # a row broke off: the profile had its turn
+    assert carry_on(speed=speed) == (True, [])
+    assert [c[0] for c in commands] == ["speed", "speed", "hessian", "speed", "hessian"]
+    first, _, second, *_ = commands
+    assert first[:3] == ["speed", "--new", "sam-step"]
+    assert set(first[3:]) <= set(where.options()) | set(speed)
+    assert second[1:3] == ["--profile", profile]
+    assert not [c for c in commands if c[0] == "speed" and "--runs-dir" in c]
+
+
+def test_the_rows_of_a_gpu_are_all_there():
+    from benchmarks.speed import accelerator, suite
+
+    names = {row.name for row, _ in suite.choose(campaign.SPEED, "cuda")}
+    assert names == set(campaign.SPEED)
+    assert names >= {row.name for row in accelerator.ROWS}
+    assert suite.choose(campaign.SPEED, "cpu")
+
+
+def test_a_copy_without_git_says_its_revision(monkeypatch):
+    from benchmarks import environment
+
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    monkeypatch.setenv(environment.REVISION_VARIABLE, "abc123")
+    assert environment.code_revision() == {"revision": "abc123", "dirty": None}
+    monkeypatch.delenv(environment.REVISION_VARIABLE)
+    assert environment.code_revision() == {"revision": None, "dirty": None}

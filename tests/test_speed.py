@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import signal
 import statistics
 
 import pytest
@@ -129,7 +130,7 @@ def test_a_goal_may_be_another_on_a_gpu(tmp_path):
 
 
 def made_up(measure, **changes):
-    return Row("a", "what", measure, **{"goal": 2.0, **changes})
+    return Row(**{"name": "a", "compares": "what", "measure": measure, "goal": 2.0} | changes)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,62 @@ def test_results_of_another_machine_are_not_mixed_in(tmp_path):
     assert [r.row for r in table.read(path)] == ["two"]
 
 
+def test_rows_measured_here_at_this_revision_are_known(tmp_path):
+    path, here = tmp_path / "a.csv", {"torch": "1"}
+    assert table.measured(path, here, "abc") == set()
+    old, new = (dataclasses.replace(result(n, "1"), revision=r) for n, r in ("xa", "yb"))
+    table.merge(path, here, [old, new], ["x", "y"])
+    assert table.measured(path, here, "b") == {"y"}
+    assert table.measured(path, {"torch": "2"}, "b") == set()
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A suite of two rows, the second of which breaks until it is mended; what was measured."""
+    asked = []
+
+    def measure(name, breaks):
+        def values(*_):
+            asked.append(name)
+            if breaks and len(asked) < 3:
+                raise RuntimeError("out of memory\nand more")
+            return [1.0]
+
+        return values
+
+    rows = [made_up(measure(n, b), name=n) for n, b in (("one", True), ("two", False))]
+    monkeypatch.setattr(suite, "ROWS", tuple(rows))
+    monkeypatch.setattr(suite, "code_revision", lambda: {"revision": "f00" * 9, "dirty": False})
+    return asked
+
+
+def test_a_row_that_breaks_off_stops_no_other_and_is_tried_again(tmp_path, counted):
+    from typer.testing import CliRunner
+
+    from benchmarks.cli import app
+
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def speed():
+        options = ["--new", "--device", "cpu", "--results-dir", str(tmp_path)]
+        return CliRunner().invoke(app, ["speed", *options])
+
+    try:
+        first, second, third = speed(), speed(), speed()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert first.exit_code == 1
+    assert "not measured: one: RuntimeError: out of memory" in first.output
+    assert (second.exit_code, third.exit_code) == (0, 0)
+    assert counted == ["one", "two", "one"]
+    assert "every row asked for has its figure of this revision" in third.output
+    (file,) = (tmp_path / "speed").glob("*.csv")
+    assert [(r.row, r.value, r.revision) for r in table.read(file)] == [
+        ("one", "1", "f00f00f00f00"),
+        ("two", "1", "f00f00f00f00"),
+    ]
+
+
 def test_rows_are_chosen_by_name_variant_and_pattern():
     def chosen(*asked):
         return [suite.name_of(r, v) for r, v in suite.choose(asked, "cpu")]
@@ -204,6 +261,9 @@ def test_rows_are_chosen_by_name_variant_and_pattern():
     ]
     with pytest.raises(UserError, match="no row 'nothing'; there are: sam-step"):
         suite.choose(["sam-step", "nothing"], "cpu")
+    assert chosen("matmul-share", "range-search") == ["range-search/wrn_10_1-28"]
+    with pytest.raises(UserError, match="matmul-share: nothing that is measured on cpu"):
+        suite.choose(["matmul-share"], "cpu")
 
 
 @pytest.fixture
