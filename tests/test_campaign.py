@@ -89,6 +89,36 @@ def test_what_unfinished_runs_need_is_packed_first(tmp_path):
     )
 
 
+def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them(tmp_path):
+    where = places(tmp_path)
+    profile = str(profile_file(tmp_path))
+    plan, store = make_plan(tmp_path), Store(where.runs_dir)
+    plan.write(planning.file_of(where.runs_dir, "tiny"))
+    for run in plan.runs:
+        finish(store, run, 1.0)
+        folder = store.folder(run)
+        for name in ("e0001-s000000-a.pt", "e0002-s000000-b.pt", "measurements/m.json"):
+            path = folder.path / ("" if "/" in name else "checkpoints") / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(bytes(400_000) if name.endswith("pt") else b"{}")
+    _, sgd_on, sam, *_ = plan.runs
+
+    def packed(*profiles, megabytes=60.0):
+        archive = tmp_path / "runs.tar"
+        left_out = campaign.pack(profiles, where, archive, megabytes=megabytes)
+        with tarfile.open(archive) as tar:
+            names = tar.getnames()
+        assert {f"{run.name}/result.json" for run in plan.runs} <= set(names)
+        assert f"{sgd_on.name}/measurements/m.json" in names
+        return [name for name in names if name.endswith(".pt")], left_out
+
+    assert packed(profile) == ([], [])
+    newest = "checkpoints/e0002-s000000-b.pt"
+    changes = {"methods": ["sam+more"], "variants": {"more": {"gamma": 3.0}}}
+    later = str(profile_file(tmp_path, changes, name="later"))  # has no plan yet
+    assert packed(profile, later) == ([f"{sam.name}/{newest}"], [])
+
+
 def test_a_wrong_profile_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match="no profile 'gpu-fashon'"):
         campaign.carry_on(
