@@ -88,7 +88,9 @@ status: $(READY)  ## Show where the runs of PROFILE stand
 campaign: $(READY)  ## Measure speed, train PROFILES (gpu-…) for MINUTES (9.5), resumably: a machine on loan
 	@$(PY) -m benchmarks campaign $(PROFILES) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(filter no,$(SPEED)),--no-speed) $(foreach row,$(ROWS),--row '$(row)') \
-	  $(if $(PACK),--pack $(PACK)) $(if $(PACK_RESULTS),--pack-results $(PACK_RESULTS)) --jobs $(JOBS) --device $(DEVICE) --seeds-at-once $(SEEDS_AT_ONCE) \
+	  $(if $(PACK),--pack $(PACK)) $(if $(PACK_MEGABYTES),--pack-megabytes $(PACK_MEGABYTES)) \
+	  $(if $(PACK_RESULTS),--pack-results $(PACK_RESULTS)) \
+	  --jobs $(JOBS) --device $(DEVICE) --seeds-at-once $(SEEDS_AT_ONCE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
 
 pack-data: $(READY)  ## Gather the data of PROFILES (gpu-…) in OUT, for a machine without network
