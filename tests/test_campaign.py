@@ -1,5 +1,6 @@
 """A list of profiles in pieces of limited time: interrupted, packed, unpacked, gone on with."""
 
+import signal
 import tarfile
 
 import pytest
@@ -178,3 +179,27 @@ def test_a_copy_without_git_says_its_revision(monkeypatch):
     assert environment.code_revision() == {"revision": "abc123", "dirty": None}
     monkeypatch.delenv(environment.REVISION_VARIABLE)
     assert environment.code_revision() == {"revision": None, "dirty": None}
+
+
+def test_the_command_packs_runs_and_results_whether_complete_or_not(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from benchmarks.cli import app
+
+    where, asked = places(tmp_path), []
+    profile = str(profile_file(tmp_path))
+    (where.results_dir / "tiny").mkdir(parents=True)
+    (where.results_dir / "tiny" / "errors.csv").write_text("a,b\n")
+    monkeypatch.setattr(campaign, "carry_on", lambda *_, **named: asked.append(named["speed"]))
+    handler = signal.getsignal(signal.SIGTERM)
+    packs = ["--pack", str(tmp_path / "runs.tar"), "--pack-results", str(tmp_path / "results.gz")]
+    try:
+        for chosen in ([], ["--row", "pair"], ["--no-speed"]):
+            command = ["campaign", profile, "--device", "cpu", *chosen, *packs, *where.options()]
+            assert CliRunner().invoke(app, command).exit_code == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert asked == [[*campaign.SPEED, "--device", "cpu"], ["pair", "--device", "cpu"], None]
+    with tarfile.open(tmp_path / "results.gz") as tar:
+        assert tar.getnames() == ["tiny/errors.csv"]
+    assert (tmp_path / "runs.tar").exists()

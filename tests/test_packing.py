@@ -148,3 +148,19 @@ def test_results_are_packed_and_plots_stay_behind_where_they_do_not_fit(tmp_path
     with pytest.raises(UserError, match="the records alone take"):
         packing.pack_results(profiles, tmp_path, archive, megabytes=1e-6)
     assert not archive.exists()
+
+
+@pytest.mark.usefixtures("home")
+def test_the_command_says_what_it_packed_and_how_to_use_it(tmp_path):
+    from typer.testing import CliRunner
+
+    from benchmarks.cli import app
+
+    profile = str(profile_file(tmp_path, {"datasets": ["fashion_mnist", "digits"], "data": None}))
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--data-dir", str(tmp_path / "data")]
+    done = CliRunner().invoke(app, ["pack-data", profile, *options])
+    assert done.exit_code == 0, done.output
+    assert "fashion_mnist: 0.0 MB, FashionMNIST/raw/train-images-idx3-ubyte.gz" in done.output
+    assert "digits: 0.0 MB, comes with a package" in done.output
+    assert f"--data-dir {out}" in done.output
