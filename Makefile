@@ -11,6 +11,7 @@ CLUSTER     ?=
 WATCH       ?=
 SEEDS_AT_ONCE ?= 1
 ROWS        ?=
+OUT         ?= packed-data
 
 # PYTHON makes the virtual environment in VENV. With VENV= (empty) nothing is installed and PYTHON
 # is used as it is, packages and all.
@@ -26,7 +27,7 @@ READY := $(VENV)/.ready
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup reproduce-table hessian report plan calibrate campaign speed status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
+.PHONY: help setup reproduce-table hessian report plan calibrate campaign pack-data speed status cancel resubmit slurm-up slurm-down test-slurm doctor test lint clean
 
 help:  ## List the targets and the variables they take
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | \
@@ -84,10 +85,16 @@ speed: $(READY)  ## Measure speed beside limits and peers; ROWS="sam-step range-
 status: $(READY)  ## Show where the runs of PROFILE stand
 	@$(PY) -m benchmarks status --profile $(PROFILE) --runs-dir $(RUNS_DIR) $(if $(WATCH),--watch)
 
-campaign: $(READY)  ## Train and measure PROFILES (gpu-…) for MINUTES (9.5), resumably: a machine on loan
+campaign: $(READY)  ## Measure speed, train PROFILES (gpu-…) for MINUTES (9.5), resumably: a machine on loan
 	@$(PY) -m benchmarks campaign $(PROFILES) $(if $(MINUTES),--minutes $(MINUTES)) \
-	  $(if $(PACK),--pack $(PACK)) --jobs $(JOBS) --device $(DEVICE) --seeds-at-once $(SEEDS_AT_ONCE) \
+	  $(if $(filter no,$(SPEED)),--no-speed) $(foreach row,$(ROWS),--row '$(row)') \
+	  $(if $(PACK),--pack $(PACK)) $(if $(PACK_MEGABYTES),--pack-megabytes $(PACK_MEGABYTES)) \
+	  $(if $(PACK_RESULTS),--pack-results $(PACK_RESULTS)) \
+	  --jobs $(JOBS) --device $(DEVICE) --seeds-at-once $(SEEDS_AT_ONCE) \
 	  --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR) --results-dir $(RESULTS_DIR)
+
+pack-data: $(READY)  ## Gather the data of PROFILES (gpu-…) in OUT, for a machine without network
+	@$(PY) -m benchmarks pack-data $(PROFILES) --out $(OUT) --data-dir $(DATA_DIR)
 
 doctor: $(READY)  ## Check data sets, packages, device, disk and write access
 	@$(PY) -m benchmarks doctor --data-dir $(DATA_DIR) --runs-dir $(RUNS_DIR)

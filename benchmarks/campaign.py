@@ -12,16 +12,24 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import plan as planning
 from benchmarks.files import exclusive, writing
 from benchmarks.report import write_report
 from benchmarks.report.index import write_index
 from benchmarks.settings import load_profile, profile_name
-from benchmarks.store import State, Store
+from benchmarks.store import RunFolder, State, Store
 
 # What is worth a GPU's time, in this order.
 GPU = ("gpu-fashion", "gpu-cifar10-jpeg", "gpu-map", "gpu-wide")
+
+# Of the rows of ``benchmarks speed``, those that say something on a GPU.
+SPEED = (
+    *("matmul-share", "plain-loop", "pair-minutes", "seeds-at-once", "peak-memory"),
+    *("sam-step", "pof-step", "pof-epoch", "pair", "range-search", "input-share"),
+    *("bf16-step", "host-waits"),
+)
 
 # Left at the end of a piece for the last checkpoints and the report.
 CLOSING_SECONDS = 30.0
@@ -57,20 +65,23 @@ def carry_on(
     *,
     out_of_time: Callable[[], bool],
     options: Sequence[str] = (),
+    speed: Sequence[str] | None = None,
     tell: Callable[[str], None],
 ) -> bool:
-    """Train and measure the profiles in order, as far as the time goes.
+    """Measure speed, then train and measure the profiles in order, as far as the time goes.
 
     Args:
         profiles: Names or TOML files.
         places: Where things are.
-        out_of_time: Asked a few times a second; then the running profile is stopped.
+        out_of_time: Asked a few times a second; then what is running is stopped.
         options: More options of ``benchmarks hessian`` (``--jobs``, ``--device``).
+        speed: Rows and options of ``benchmarks speed``; ``None``: it is not measured. A row that
+            has a figure of this machine and revision is not measured again.
         tell: Takes lines for people.
 
     Returns:
-        Whether every profile is complete. A profile with failed runs is not, and does not keep
-        the next from its turn.
+        Whether all is complete. A profile with failed runs is not, nor are rows that broke off,
+        and neither keeps the next from its turn.
 
     Raises:
         UserError: A profile is wrong.
@@ -78,8 +89,16 @@ def carry_on(
     for profile in profiles:
         load_profile(profile)
     complete = True
+    if speed is not None:
+        where = ("--data-dir", str(places.data_dir), "--results-dir", str(places.results_dir))
+        ended = _run(["speed", "--new", *speed, *where], out_of_time)
+        if ended is None:
+            tell("time is up in the rows of speed: the same command goes on from here")
+            return False
+        complete = ended == 0
     for profile in profiles:
-        ended = _hessian(profile, places, options, out_of_time)
+        command = ["hessian", "--profile", profile, *places.options(), *options]
+        ended = _run(command, out_of_time)
         if ended is None:
             _publish(profile, places)
             tell(f"time is up in {profile}: the same command goes on from here")
@@ -88,12 +107,9 @@ def carry_on(
     return complete
 
 
-def _hessian(
-    profile: str, places: Places, options: Sequence[str], out_of_time: Callable[[], bool]
-) -> int | None:
-    """Train and measure one profile; its exit status, or ``None`` if time ran out."""
-    command = [sys.executable, "-m", "benchmarks", "hessian", "--profile", profile]
-    process = subprocess.Popen([*command, *places.options(), *options])
+def _run(command: Sequence[str], out_of_time: Callable[[], bool]) -> int | None:
+    """Carry out one of our commands; its exit status, or ``None`` if time ran out."""
+    process = subprocess.Popen([sys.executable, "-m", "benchmarks", *command])
     try:
         while not out_of_time():
             with suppress(subprocess.TimeoutExpired):
@@ -122,11 +138,14 @@ def _publish(profile: str, places: Places) -> None:
 def pack(profiles: Sequence[str], places: Places, archive: Path, *, megabytes: float) -> list[str]:
     """Pack the runs of profiles so that another machine can go on: records and checkpoints.
 
-    Unfinished runs come first, then parents with unfinished children, then the rest, each whole
-    or not at all, as many as fit.
+    Of finished and measured runs that no other waits for, the records alone are packed, first of
+    all: they need not be trained again. Then come unfinished runs, then parents with unfinished
+    children, then the rest, each with its newest checkpoint, each whole or not at all, as many as
+    fit.
 
     Args:
-        profiles: Names or TOML files, whose plans are in the runs folder.
+        profiles: Names or TOML files. Their plans are in the runs folder, or else follow from the
+            data of those that are.
         places: Where things are.
         archive: An uncompressed tar file, to be unpacked in another runs folder.
         megabytes: The most it may hold.
@@ -137,28 +156,67 @@ def pack(profiles: Sequence[str], places: Places, archive: Path, *, megabytes: f
     Raises:
         UserError: The archive cannot be written.
     """
-    store, folders = Store(places.runs_dir), dict[str, int]()
-    files = [planning.file_of(places.runs_dir, profile_name(p)) for p in profiles]
-    for file in filter(Path.exists, files):
-        plan = planning.read(file)
+    store, parts = Store(places.runs_dir), dict[str, _Part]()
+    plans = _plans(profiles, places)
+    waited_for = {
+        run.parent
+        for plan in plans
+        for run in plan.runs
+        if store.folder(run).state() is not State.DONE
+    }
+    for plan in plans:
         states = store.states(plan)
-        waited_for = {r.parent for r in plan.runs if states[r.identity] is not State.DONE}
         for run in plan.runs:
-            if states[run.identity] is State.PENDING:
-                continue
-            done = states[run.identity] is State.DONE
-            rank = (1 if run.identity in waited_for else 2) if done else 0
-            folders[run.name] = min(rank, folders.get(run.name, rank))
+            if states[run.identity] is not State.PENDING:
+                done = states[run.identity] is State.DONE
+                parts[run.name] = _part(store.folder(run), done, run.identity in waited_for)
     room, left_out = megabytes * 1e6, []
     with writing(archive), tarfile.open(archive, "w") as tar:
-        for file in filter(Path.exists, files):
+        for file in filter(Path.exists, _plan_files(profiles, places)):
             tar.add(file, file.relative_to(places.runs_dir))
-        for name in sorted(folders, key=lambda name: (folders[name], name)):
-            folder = places.runs_dir / name
-            size = sum(p.stat().st_size + 1024 for p in folder.rglob("*"))
+        for name, part in sorted(parts.items(), key=lambda item: (item[1].rank, item[0])):
+            size = sum(path.stat().st_size + 1024 for path in part.files)
             if size > room:
                 left_out.append(name)
                 continue
             room -= size
-            tar.add(folder, name)
+            for path in part.files:
+                tar.add(path, path.relative_to(places.runs_dir))
     return left_out
+
+
+class _Part(NamedTuple):
+    """What is packed of a run.
+
+    Attributes:
+        rank: The lower, the earlier.
+        files: All of it.
+    """
+
+    rank: int
+    files: list[Path]
+
+
+def _part(folder: RunFolder, done: bool, waited_for: bool) -> _Part:
+    checkpoints = sorted(folder.checkpoints.glob("*.pt"))  # the newest last, by their names
+    over = done and not waited_for and bool(folder.measurements())
+    behind = set(checkpoints if over else checkpoints[:-1])
+    files = [p for p in sorted(folder.path.rglob("*")) if p.is_file() and p not in behind]
+    if not done:
+        return _Part(1, files)
+    return _Part(0 if over else 2 if waited_for else 3, files)
+
+
+def _plan_files(profiles: Sequence[str], places: Places) -> list[Path]:
+    return [planning.file_of(places.runs_dir, profile_name(p)) for p in profiles]
+
+
+def _plans(profiles: Sequence[str], places: Places) -> list[planning.Plan]:
+    """The plans of the profiles, of those that have not had their turn as far as is known."""
+    files = _plan_files(profiles, places)
+    plans = [planning.read(file) for file in files if file.exists()]
+    known = {run.settings.dataset: run.settings.fingerprint for p in plans for run in p.runs}
+    for profile, file in zip(profiles, files, strict=True):
+        if not file.exists():
+            plans.append(planning.expand(load_profile(profile), known, {}))
+    return plans

@@ -621,6 +621,19 @@ def campaign(
         Path | None, typer.Option(help="Then pack the runs into this tar, to go on elsewhere.")
     ] = None,
     pack_megabytes: Annotated[float, typer.Option(min=0.0, help="Most that it may hold.")] = 60.0,
+    pack_results: Annotated[
+        Path | None, typer.Option(help="Then pack records, tables and plots into this .tar.gz.")
+    ] = None,
+    results_megabytes: Annotated[
+        float, typer.Option(min=0.0, help="Most that it may take.")
+    ] = 16.0,
+    speed: Annotated[
+        bool, typer.Option(help="Measure speed first, what is not measured yet.")
+    ] = True,
+    row: Annotated[
+        list[str] | None,
+        typer.Option(help="A row of it; may be repeated. [default: what a GPU is judged by]"),
+    ] = None,
     jobs: Annotated[
         int, typer.Option(min=0, help="Worker processes; 0: one a core, or one on a GPU.")
     ] = 0,
@@ -630,8 +643,9 @@ def campaign(
     device: Device = "auto",
     seeds_at_once: SeedsAtOnce = 1,
 ) -> None:
-    """Train and measure a list of profiles in pieces of limited time, on a machine on loan."""
+    """Measure speed, train and measure profiles in pieces of limited time: a machine on loan."""
     from benchmarks import campaign as campaigning
+    from benchmarks.packing import pack_results as packed
 
     names = profiles or list(campaigning.GPU)
     places = campaigning.Places(data_dir, runs_dir, results_dir)
@@ -639,13 +653,41 @@ def campaign(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stop = time.monotonic() + 60.0 * minutes - campaigning.CLOSING_SECONDS
     complete = campaigning.carry_on(
-        names, places, out_of_time=lambda: time.monotonic() > stop, options=options, tell=_print
+        names,
+        places,
+        out_of_time=lambda: time.monotonic() > stop,
+        options=options,
+        speed=[*(row or campaigning.SPEED), "--device", device] if speed else None,
+        tell=_print,
     )
     if pack is not None:
         for name in campaigning.pack(names, places, pack, megabytes=pack_megabytes):
             _print(f"no room in {pack} for {name}")
+    if pack_results is not None:
+        left = packed(names, results_dir, pack_results, megabytes=results_megabytes)
+        if left:
+            _print(f"no room in {pack_results} for {len(left)} plots and pages: see make report")
     if not complete:
         sys.exit(1)
+
+
+@app.command("pack-data")
+def pack_data(
+    profiles: Annotated[
+        list[str] | None, typer.Argument(help="Whose data. [default: gpu-…]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to gather it in.")] = Path("packed-data"),
+    megabytes: Annotated[float, typer.Option(min=0.0, help="Most that it may take.")] = 60.0,
+    data_dir: DataDir = _DATA,
+) -> None:
+    """Gather the data of profiles for a machine without network: its --data-dir."""
+    from benchmarks import campaign as campaigning
+    from benchmarks.packing import pack_data as packed
+
+    names = profiles or list(campaigning.GPU)
+    files = packed(names, data_dir, out, megabytes=megabytes, tell=_print)
+    size = sum(path.stat().st_size for path in files)
+    _print(f"{size / 1e6:.1f} MB in {out}; there: --data-dir {out}, or DATA_DIR={out}")
 
 
 @app.command()
@@ -658,6 +700,9 @@ def speed(
     results_dir: ResultsDir = _RESULTS,
     device: Device = "auto",
     show: Annotated[bool, typer.Option(help="Only show what was measured.")] = False,
+    new: Annotated[
+        bool, typer.Option(help="Leave out rows with a figure of this machine and revision.")
+    ] = False,
 ) -> None:
     """Measure speed side by side with what one would use instead, and with the arithmetic."""
     import torch
@@ -674,16 +719,32 @@ def speed(
     if show:
         console.print(table.show(table.read(file)))
         return
+    if new:
+        known = table.measured(file, here, suite.revision())
+        chosen = [(r, v) for r, v in chosen if suite.name_of(r, v) not in known]
+        if not chosen:
+            _print(f"speed: every row asked for has its figure of this revision in {file}")
+            return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end what rows have started
     bench = Bench(computes, data_dir)
+    broken = []
     for number, (row, variant) in enumerate(chosen, 1):
         name = suite.name_of(row, variant)
         console.print(f"{number}/{len(chosen)} {name}: {row.compares}", markup=False, style="dim")
-        result = suite.measure(bench, row, variant)
+        try:
+            result = suite.measure(bench, row, variant)
+        except Exception as error:  # the other rows have their turn all the same
+            broken.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            continue
         if table.merge(file, here, [result], suite.names()):
             console.print("what was measured on another machine or other packages was dropped")
     measured = {suite.name_of(row, variant) for row, variant in chosen}
     console.print(table.show(r for r in table.read(file) if r.row in measured))
     console.print(f"in {file}", markup=False, soft_wrap=True)
+    for line in broken:
+        _print(f"not measured: {line}")
+    if broken:
+        sys.exit(1)
 
 
 @app.command()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 _ROOT = Path(__file__).parent.parent
+# Says of which commit a copy without git is.
+REVISION_VARIABLE = "POF_REVISION"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-learn")
 
 
@@ -26,7 +28,7 @@ def packages(names: Sequence[str] = _PACKAGES) -> dict[str, str]:
 
 def code_revision() -> dict[str, Any]:
     """The commit of this checkout and whether its code differs from it (results aside)."""
-    revision = _git("rev-parse", "HEAD")
+    revision = _git("rev-parse", "HEAD") or os.environ.get(REVISION_VARIABLE) or None
     changes = _git("status", "--porcelain", "--", ".", ":(exclude)results")
     return {"revision": revision, "dirty": None if changes is None else bool(changes)}
 

@@ -170,8 +170,11 @@ def _stages(
     total = training.epochs + training.post_epochs
     if variant in profile.continued:
         going_on = _continued(settings(base, training.epochs, total), profile.continued[variant])
+    elif variant:
+        last = training.epochs + profile.variant_epochs(variant, cell)
+        going_on = settings("pof", training.epochs, last)
     else:
-        going_on = settings("pof" if variant else base, training.epochs, total)
+        going_on = settings(base, training.epochs, total)
     second = Run(
         settings=going_on,
         method=method,

@@ -207,7 +207,8 @@ class Profile(CellSettings):
         augmentations: See ``AugmentationSettings``.
         methods: ``sgd``, ``sam``, or ``BASE+VARIANT`` with a variant of ``VARIANTS``, of
             ``variants`` or of ``continued``.
-        variants: More post-training methods: name → what differs from ``pof``.
+        variants: More post-training methods: name → what differs from ``pof``, and ``epochs``, if
+            it ends before ``training.post_epochs`` are over.
         continued: More second stages of the base method itself: name → its terms.
         override: What differs for some cells.
     """
@@ -265,7 +266,13 @@ class Profile(CellSettings):
         """The PoF settings of a post-training method in a cell."""
         base = TypeAdapter(PoFSettings).dump_python(cell.pof, mode="json")
         changed = base | (VARIANTS | self.variants)[name]
+        changed.pop("epochs", None)
         return TypeAdapter(PoFSettings).validate_json(json.dumps(changed))
+
+    def variant_epochs(self, name: str, cell: CellSettings) -> int:
+        """How long a post-training method trains in a cell."""
+        epochs: int = self.variants.get(name, {}).get("epochs", cell.training.post_epochs)
+        return epochs
 
 
 def load_profile(name: str) -> Profile:
@@ -304,11 +311,17 @@ def load_profile(name: str) -> Profile:
                     "since a method post-trains"
                 )
             for variant, changes in profile.variants.items():
-                unknown = set(changes) - set(PoFSettings.__dataclass_fields__)
+                unknown = set(changes) - set(PoFSettings.__dataclass_fields__) - {"epochs"}
                 if unknown:
                     raise UserError(
                         f"{path}: variants.{variant}.{min(unknown)}: unknown key; "
-                        f"allowed here: {', '.join(_allowed_keys(('pof', '')))}"
+                        f"allowed here: {', '.join(_allowed_keys(('pof', '')))}, epochs"
+                    )
+                epochs = changes.get("epochs", 1)
+                if type(epochs) is not int or not 1 <= epochs <= max(1, cell.training.post_epochs):
+                    raise UserError(
+                        f"{path}: variants.{variant}.epochs: must be a whole number from 1 to "
+                        f"training.post_epochs (found {epochs!r})"
                     )
                 where = f"variants.{variant}: "
                 profile.pof_variant(variant, cell)

@@ -1,5 +1,6 @@
 """A list of profiles in pieces of limited time: interrupted, packed, unpacked, gone on with."""
 
+import signal
 import tarfile
 
 import pytest
@@ -89,6 +90,36 @@ def test_what_unfinished_runs_need_is_packed_first(tmp_path):
     )
 
 
+def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them(tmp_path):
+    where = places(tmp_path)
+    profile = str(profile_file(tmp_path))
+    plan, store = make_plan(tmp_path), Store(where.runs_dir)
+    plan.write(planning.file_of(where.runs_dir, "tiny"))
+    for run in plan.runs:
+        finish(store, run, 1.0)
+        folder = store.folder(run)
+        for name in ("e0001-s000000-a.pt", "e0002-s000000-b.pt", "measurements/m.json"):
+            path = folder.path / ("" if "/" in name else "checkpoints") / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(bytes(400_000) if name.endswith("pt") else b"{}")
+    _, sgd_on, sam, *_ = plan.runs
+
+    def packed(*profiles, megabytes=60.0):
+        archive = tmp_path / "runs.tar"
+        left_out = campaign.pack(profiles, where, archive, megabytes=megabytes)
+        with tarfile.open(archive) as tar:
+            names = tar.getnames()
+        assert {f"{run.name}/result.json" for run in plan.runs} <= set(names)
+        assert f"{sgd_on.name}/measurements/m.json" in names
+        return [name for name in names if name.endswith(".pt")], left_out
+
+    assert packed(profile) == ([], [])
+    newest = "checkpoints/e0002-s000000-b.pt"
+    changes = {"methods": ["sam+more"], "variants": {"more": {"gamma": 3.0}}}
+    later = str(profile_file(tmp_path, changes, name="later"))  # has no plan yet
+    assert packed(profile, later) == ([f"{sam.name}/{newest}"], [])
+
+
 def test_a_wrong_profile_is_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError, match="no profile 'gpu-fashon'"):
         campaign.carry_on(
@@ -98,3 +129,77 @@ def test_a_wrong_profile_is_refused_before_anything_starts(tmp_path):
             tell=print,
         )
     assert not list(tmp_path.iterdir())
+
+
+def test_speed_comes_first_and_what_is_left_of_it_goes_on_the_next_time(tmp_path, monkeypatch):
+    where = places(tmp_path)
+    profile = str(profile_file(tmp_path, ONE))
+    commands, endings = [], iter([None, 1, 0, 0, 0])
+
+    def run(command, out_of_time):
+        commands.append(list(command))
+        return next(endings)
+
+    monkeypatch.setattr(campaign, "_run", run)
+
+    def carry_on(**more):
+        said = []
+        complete = campaign.carry_on(
+            [profile], where, out_of_time=lambda: False, options=OPTIONS, tell=said.append, **more
+        )
+        return complete, said
+
+    speed = ["sam-step", "--device", "cpu"]
+    said = "time is up in the rows of speed: the same command goes on from here"
+    assert carry_on(speed=speed) == (False, [said])
+    assert carry_on(speed=speed) == (False, [])  # a row broke off: the profile had its turn
+    assert carry_on(speed=speed) == (True, [])
+    assert [c[0] for c in commands] == ["speed", "speed", "hessian", "speed", "hessian"]
+    first, _, second, *_ = commands
+    assert first[:3] == ["speed", "--new", "sam-step"]
+    assert set(first[3:]) <= set(where.options()) | set(speed)
+    assert second[1:3] == ["--profile", profile]
+    assert not [c for c in commands if c[0] == "speed" and "--runs-dir" in c]
+
+
+def test_the_rows_of_a_gpu_are_all_there():
+    from benchmarks.speed import accelerator, suite
+
+    names = {row.name for row, _ in suite.choose(campaign.SPEED, "cuda")}
+    assert names == set(campaign.SPEED)
+    assert names >= {row.name for row in accelerator.ROWS}
+    assert suite.choose(campaign.SPEED, "cpu")
+
+
+def test_a_copy_without_git_says_its_revision(monkeypatch):
+    from benchmarks import environment
+
+    monkeypatch.setattr(environment, "_git", lambda *_: None)
+    monkeypatch.setenv(environment.REVISION_VARIABLE, "abc123")
+    assert environment.code_revision() == {"revision": "abc123", "dirty": None}
+    monkeypatch.delenv(environment.REVISION_VARIABLE)
+    assert environment.code_revision() == {"revision": None, "dirty": None}
+
+
+def test_the_command_packs_runs_and_results_whether_complete_or_not(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from benchmarks.cli import app
+
+    where, asked = places(tmp_path), []
+    profile = str(profile_file(tmp_path))
+    (where.results_dir / "tiny").mkdir(parents=True)
+    (where.results_dir / "tiny" / "errors.csv").write_text("a,b\n")
+    monkeypatch.setattr(campaign, "carry_on", lambda *_, **named: asked.append(named["speed"]))
+    handler = signal.getsignal(signal.SIGTERM)
+    packs = ["--pack", str(tmp_path / "runs.tar"), "--pack-results", str(tmp_path / "results.gz")]
+    try:
+        for chosen in ([], ["--row", "pair"], ["--no-speed"]):
+            command = ["campaign", profile, "--device", "cpu", *chosen, *packs, *where.options()]
+            assert CliRunner().invoke(app, command).exit_code == 1
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert asked == [[*campaign.SPEED, "--device", "cpu"], ["pair", "--device", "cpu"], None]
+    with tarfile.open(tmp_path / "results.gz") as tar:
+        assert tar.getnames() == ["tiny/errors.csv"]
+    assert (tmp_path / "runs.tar").exists()

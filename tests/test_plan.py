@@ -147,6 +147,28 @@ def test_a_base_method_continues_on_terms_of_its_own_from_the_shared_first_stage
     assert long.settings.schedule == usual.settings.schedule
 
 
+def test_post_training_may_end_early_and_is_what_it_was_until_then(tmp_path):
+    changes = {
+        "methods": ["sam+pof", "sam+early"],
+        "training": {"post_epochs": 5},
+        "variants": {"early": {"epochs": 2}},
+    }
+    plan = make_plan(tmp_path, changes)
+    whole, early = (plan.by_identity()[arm.runs[0]] for arm in plan.arms)
+    assert whole.parent == early.parent
+    assert (early.settings.first_epoch, early.settings.last_epoch) == (2, 4)
+    assert early.settings.model_copy(update={"last_epoch": 7}) == whole.settings
+
+
+def test_the_gpus_profiles_stop_post_training_early_too():
+    for name in ("gpu-fashion", "gpu-map"):
+        profile = load_profile(name)
+        plan = planning.expand(profile, {"fashion_mnist": "sha256:made-up"}, {})
+        ends = {run.settings.last_epoch for run in plan.runs if run.method == "sam+pof-10-epochs"}
+        assert ends == {210}
+        assert any(r.method == "sam+pof" and r.settings.last_epoch == 250 for r in plan.runs)
+
+
 def test_a_data_set_that_cannot_be_had_leaves_its_rows_empty(tmp_path):
     plan = make_plan(tmp_path, {"datasets": ["svhn", "digits"]}, unavailable={"svhn": "no network"})
     assert {run.settings.dataset for run in plan.runs} == {"digits"}

@@ -18,6 +18,7 @@ from benchmarks.worker import prepare_process
 def as_it_comes() -> None:
     """The process as PyTorch and the C library leave it."""
     torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = True
     give_back_freed_memory()
 
 

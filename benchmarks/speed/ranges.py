@@ -68,6 +68,7 @@ ROWS = (
         "with a classifier forward and .item() each",
         _measure,
         goal=0.4,
+        cuda_goal=0.15,
         variants=(SMALL,),
     ),
 )

@@ -57,16 +57,20 @@ def settings(bench: Bench, variant: Variant, algorithm: str, **changes: Any) -> 
             "last_epoch": 1,
             "seed": 0,
         }
+        | dict(variant.changes)
         | changes
     )
 
 
-def trainer(bench: Bench, variant: Variant, algorithm: str, **changes: Any) -> Trainer:
+def trainer(
+    bench: Bench, variant: Variant, algorithm: str, images: int | None = None, **changes: Any
+) -> Trainer:
     """What trains such a run, on random images, at a rate at which noise cannot diverge."""
     prepare_process()
     chosen = calibrate.gently(settings(bench, variant, algorithm, **changes))
     wrn = variant.backbone.startswith("wrn")
-    count = bench.scale.images if wrn else max(bench.scale.images // 4, bench.scale.batch_size)
+    usual = bench.scale.images if wrn else max(bench.scale.images // 4, bench.scale.batch_size)
+    count = images or usual
     subject = calibrate.random_subject(chosen, bench.device, Images(count, 1), held=count)
     return assembly.build_trainer(chosen, subject, bench.device)
 

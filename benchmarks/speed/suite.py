@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 
 from benchmarks.environment import code_revision
 from benchmarks.errors import UserError
-from benchmarks.speed import curvature, harness, pipeline, ranges, training
+from benchmarks.speed import accelerator, curvature, harness, pipeline, ranges, training
 from benchmarks.speed.core import median_and_spread
 from benchmarks.speed.row import Bench, Row, Variant
 from benchmarks.speed.table import Result
@@ -16,6 +16,7 @@ ROWS: tuple[Row, ...] = (
     *ranges.ROWS,
     *harness.ROWS,
     *curvature.ROWS,
+    *accelerator.ROWS,
 )
 
 
@@ -32,30 +33,31 @@ def choose(asked: Sequence[str], device: str) -> list[tuple[Row, Variant]]:
         device: ``cpu`` or ``cuda``: rows that mean nothing there are left out.
 
     Raises:
-        UserError: A name names nothing.
+        UserError: A name names nothing, or none of them means anything on this device.
     """
-    chosen = []
-    for row, variant in _all():
-        name = name_of(row, variant)
-        if row.device not in (None, device):
-            continue
-        if not asked or any(fnmatch(name, a) or fnmatch(row.name, a) for a in asked):
-            chosen.append((row, variant))
+
+    def named(a: str) -> list[tuple[Row, Variant]]:
+        return [(r, v) for r, v in _all() if fnmatch(name_of(r, v), a) or fnmatch(r.name, a)]
+
     for a in asked:
-        if not any(fnmatch(name_of(row, v), a) or fnmatch(row.name, a) for row, v in chosen):
-            raise UserError(f"no row {a!r}; there are: {', '.join(row.name for row in ROWS)}")
+        if not named(a):
+            known = dict.fromkeys(row.name for row in ROWS)
+            raise UserError(f"no row {a!r}; there are: {', '.join(known)}")
+    wanted = {name_of(*pair) for a in asked or ("*",) for pair in named(a)}
+    chosen = [(r, v) for r, v in _all() if name_of(r, v) in wanted and r.device in (None, device)]
+    if not chosen:
+        raise UserError(f"{', '.join(asked)}: nothing that is measured on {device}")
     return chosen
 
 
 def measure(bench: Bench, row: Row, variant: Variant) -> Result:
     """Measure one row; what it lacks is said in the result."""
-    revision = code_revision()
     common = {
         "row": name_of(row, variant),
         "limit": _number(row.limit),
-        "goal": _number(row.goal),
+        "goal": _number(row.goal_on(bench.device.type)),
         "unit": row.unit,
-        "revision": f"{(revision['revision'] or '')[:12]}{'+' if revision['dirty'] else ''}",
+        "revision": revision(),
         "compares": row.compares,
     }
     try:
@@ -68,10 +70,16 @@ def measure(bench: Bench, row: Row, variant: Variant) -> Result:
         **common,
         value=_number(value),
         spread=_number(spread),
-        met="" if row.goal is None else ("yes" if row.met(value) else "no"),
+        met="" if not common["goal"] else ("yes" if row.met(value, bench.device.type) else "no"),
         repetitions=str(len(values)),
         missing="",
     )
+
+
+def revision() -> str:
+    """Of the code that is measured, as results state it."""
+    code = code_revision()
+    return f"{(code['revision'] or '')[:12]}{'+' if code['dirty'] else ''}"
 
 
 def _all() -> Iterator[tuple[Row, Variant]]:

@@ -85,6 +85,14 @@ def read(path: Path) -> list[Result]:
     return [Result(**{k: v for k, v in row.items() if k in names}) for row in rows]
 
 
+def measured(path: Path, here: Mapping[str, Any], revision: str) -> set[str]:
+    """Rows that have their figure, or the reason why not, of this machine and this code."""
+    beside = path.with_suffix(".json")
+    if not beside.exists() or read_json(beside) != here:
+        return set()
+    return {r.row for r in read(path) if r.revision == revision}
+
+
 def merge(
     path: Path, here: Mapping[str, Any], measured: Sequence[Result], order: Sequence[str]
 ) -> bool:

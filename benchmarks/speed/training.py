@@ -16,7 +16,7 @@ from pof.data.batches import laid_out
 from pof.settings import OptimizerSettings, SAMSettings
 from pof.training import Trainer
 
-_EPOCHS, _POST = 200, 50  # of the paper
+EPOCHS, POST = 200, 50  # of the paper
 _WATCHED = 4  # steps
 
 
@@ -36,13 +36,10 @@ def _pof_over_sgd(bench: Bench, variant: Variant) -> Sequence[float]:
     return _methods(bench, variant, "pof", "sgd")
 
 
-def _epochs(bench: Bench, variant: Variant) -> list[float]:
+def epochs(bench: Bench, variant: Variant) -> list[float]:
     """Ratio of whole epochs of PoF and of SAM: their records at the end included."""
     timed = bench.alternate(
-        {
-            name: trainer(bench, variant, name, batch_size=bench.scale.batch_size).train_epoch
-            for name in ("pof", "sam")
-        }
+        {name: trainer(bench, variant, name).train_epoch for name in ("pof", "sam")}
     )
     return ratios(timed["pof"], timed["sam"])
 
@@ -50,9 +47,7 @@ def _epochs(bench: Bench, variant: Variant) -> list[float]:
 def _pair(bench: Bench, variant: Variant) -> Sequence[float]:
     """Cost of (SAM, SAM+PoF) with the first stage trained once over that of two full runs."""
     cost = _methods(bench, variant, "pof", "sam")  # of an epoch, in SAM epochs
-    return [
-        (_EPOCHS + _POST + _POST * pof) / (_EPOCHS + _POST + _EPOCHS + _POST * pof) for pof in cost
-    ]
+    return [(EPOCHS + POST + POST * pof) / (EPOCHS + POST + EPOCHS + POST * pof) for pof in cost]
 
 
 def _setting(**changes: Any) -> Callable[[Bench, Variant], list[float]]:
@@ -184,7 +179,15 @@ ROWS = (
         goal=1.42,
         variants=VARIANTS,
     ),
-    Row("pof-epoch", "PoF epoch / SAM epoch", _epochs, limit=2 / 3, goal=0.71, variants=VARIANTS),
+    Row(
+        "pof-epoch",
+        "PoF epoch / SAM epoch",
+        epochs,
+        limit=2 / 3,
+        goal=0.71,
+        cuda_goal=0.70,
+        variants=VARIANTS,
+    ),
     Row(
         "sam-peer",
         "our SAM step / pytorch_optimizer's, same network, batch and memory format",

@@ -109,6 +109,16 @@ def load_jpeg_copy(info: DatasetInfo, folder: Path, elsewhere: tuple[Path, ...])
     return copy
 
 
+def find_copy(folder: Path) -> Path | None:
+    """The folder or the archive of JPEG files that lies in a folder, if one does.
+
+    Raises:
+        DataCorrupt: The folder cannot be read.
+    """
+    source = _find_readable(folder)
+    return None if source is None else source.path
+
+
 def _find_readable(folder: Path) -> _Source | None:
     try:
         return _find(folder)
