@@ -216,7 +216,7 @@ def _search_on_host(margins: Tensor, rates: Tensor, cap: Tensor | float, classes
     def found(xi: float, *, capped: bool = False) -> Range:
         return Range(rates.new_full((), xi), torch.full((), capped))
 
-    top = float(cap)
+    top = float(cap.item() if isinstance(cap, Tensor) else cap)
     sides = _sides(rates)
     xi = low = top * 2.0**-_OCTAVES
     high = math.inf
