@@ -144,7 +144,7 @@ def batch_ranges(
         target = target_distribution(landscape.labels[chosen], logits.shape[1])
         gradient = classifier_gradient(batch, logits, target)
         norm = gradient.norm()
-        unit = gradient.unit()
+        unit = gradient.unit(norm)
         found = perturbation_range(
             logits,
             unit.applied(batch),

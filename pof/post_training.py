@@ -116,12 +116,12 @@ class PoFGradient:
         gradient = classifier_gradient(features, logits, target)
         gradient_norm = gradient.norm()
         mean = self._running_mean()
-        cosine = gradient.unit().dot(mean.unit())
-        raw = gradient
+        unit_length, direction = gradient_norm, gradient.unit(gradient_norm)
+        cosine = direction.dot(mean.unit())
         if settings.direction == "centred":
             raw = gradient.plus(mean.scaled(-1.0))
-        unit_length = raw.norm()
-        direction = raw.unit()
+            unit_length = raw.norm()
+            direction = raw.unit(unit_length)
         found = perturbation_range(
             logits,
             direction.applied(features),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import brentq
 
+from pof import perturbation
 from pof.objective import Objective
 from pof.post_training import PoFGradient, StepRecord, is_runaway, summarise
 from pof.settings import PoFSettings
@@ -276,8 +277,9 @@ def test_range_batches_have_a_size_of_their_own(make_network, make_batch, make_b
     ],
 )
 def test_nothing_waits_for_the_host(
-    make_network, make_batch, make_batches, no_host_access, settings
+    monkeypatch, make_network, make_batch, make_batches, no_host_access, settings
 ):
+    monkeypatch.setattr(perturbation, "_search_on_host", perturbation._search_on_device)
     network = make_network()
     pof = make_pof(network, make_batches(), **settings)
     optimizer = torch.optim.SGD(network.feature_extractor.parameters(), lr=0.1, momentum=0.9)

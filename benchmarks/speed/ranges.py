@@ -41,8 +41,9 @@ def _ours(features: Tensor, labels: Tensor, classifier: torch.nn.Linear) -> Tens
     logits = F.linear(features, classifier.weight.double(), classifier.bias.double())
     target = target_distribution(labels, classifier.out_features)
     gradient = classifier_gradient(features, logits, target)
-    slopes = gradient.unit().applied(features)
-    return perturbation_range(logits, slopes, target, cap=_CAP * gradient.norm()).xi
+    norm = gradient.norm()
+    slopes = gradient.unit(norm).applied(features)
+    return perturbation_range(logits, slopes, target, cap=_CAP * norm).xi
 
 
 def _measure(bench: Bench, _: Variant) -> list[float]:
