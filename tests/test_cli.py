@@ -161,6 +161,8 @@ def test_a_users_mistakes_are_one_line(tmp_path, command):
     sweep = ("reproduce-table", *options(tmp_path, profile))
     assert "no profile 'absent'" in mistake("reproduce-table", "--profile", "absent")
     assert "device 'tpu' cannot be used" in mistake(*sweep, "--device", "tpu")
+    at_once = ("--executor", "slurm", "--seeds-at-once", "2")
+    assert "runs_per_gpu" in mistake(*sweep, *at_once)
     assert f"{file}/plans/tiny.json: cannot be written" in mistake(*sweep, "--runs-dir", file)
     kept = tmp_path / "results" / "tiny" / "runs"
     assert "runs cannot be kept where" in mistake(*sweep, "--runs-dir", kept)
