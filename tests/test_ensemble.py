@@ -85,9 +85,9 @@ def trainer(method, seed, *, name="wrn_10_1", images=IMAGES):
     )
 
 
-def in_step(trainers, epochs):
+def in_step(trainers, epochs, *, compile=False):
     """Train them at once; each one's number of epochs may differ."""
-    ensemble = Ensemble(len(trainers))
+    ensemble = Ensemble(len(trainers), compile=compile)
     records = [None] * len(trainers)
 
     def train(index, member):
@@ -133,6 +133,38 @@ def test_members_train_what_each_trains_alone(method, name):
             together[0].network.parameters(), together[1].network.parameters(), strict=True
         )
     )
+
+
+@pytest.mark.parametrize("how", ["bf16", "compiled"])
+def test_in_other_arithmetic_they_differ_from_those_alone_by_rounding(how, monkeypatch):
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda m, **more: compile_module(m, backend="aot_eager", **more)
+    )
+
+    def made(seed):
+        member = trainer("sam", seed)
+        if how == "bf16":
+            member.network.float()
+            member.gradient.objective.precision = "bf16"
+            member.batches.normalise = Normalise(
+                (0.5,) * 3, (0.25,) * 3, device=torch.device("cpu")
+            )
+            member.gradient = SAMGradient(member.gradient.objective, SAMSettings(rho=0.5))
+        else:
+            member.network.feature_extractor.compile(dynamic=False)
+        return member
+
+    try:
+        together, alone = [[made(seed) for seed in range(2)] for _ in range(2)]
+        records = in_step(together, [1, 1], compile=how == "compiled")
+        for mine, other in zip(records, alone, strict=True):
+            tolerance = 2e-2 if how == "bf16" else 1e-9
+            assert mine[0]["train_loss"] == pytest.approx(
+                other.train_epoch()["train_loss"], rel=tolerance
+            )
+    finally:
+        torch.compiler.reset()
 
 
 def test_one_network_computes_them_all(monkeypatch):
