@@ -5,6 +5,7 @@ leaves checkpoints, and publishes what is finished; the same command goes on whe
 another machine too if the runs folder was carried there.
 """
 
+import itertools
 import subprocess
 import sys
 import tarfile
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import plan as planning
-from benchmarks.files import exclusive, writing
+from benchmarks.files import drafted, exclusive
 from benchmarks.report import write_report
 from benchmarks.report.index import write_index
 from benchmarks.settings import load_profile, profile_name
@@ -170,19 +171,26 @@ def pack(profiles: Sequence[str], places: Places, archive: Path, *, megabytes: f
             if states[run.identity] is not State.PENDING:
                 done = states[run.identity] is State.DONE
                 parts[run.name] = _part(store.folder(run), done, run.identity in waited_for)
-    room, left_out = megabytes * 1e6, []
-    with writing(archive), tarfile.open(archive, "w") as tar:
-        for file in filter(Path.exists, _plan_files(profiles, places)):
-            tar.add(file, file.relative_to(places.runs_dir))
-        for name, part in sorted(parts.items(), key=lambda item: (item[1].rank, item[0])):
-            size = sum(path.stat().st_size + 1024 for path in part.files)
-            if size > room:
-                left_out.append(name)
-                continue
-            room -= size
-            for path in part.files:
-                tar.add(path, path.relative_to(places.runs_dir))
+    plan_files = list(filter(Path.exists, _plan_files(profiles, places)))
+    room = megabytes * 1e6 - tarfile.RECORDSIZE - sum(map(_size_in_tar, plan_files))
+    chosen, left_out = [plan_files], []
+    for name, part in sorted(parts.items(), key=lambda item: (item[1].rank, item[0])):
+        size = sum(map(_size_in_tar, part.files))
+        if size > room:
+            left_out.append(name)
+            continue
+        room -= size
+        chosen.append(part.files)
+    with drafted(archive) as draft, tarfile.open(draft, "w") as tar:
+        for path in itertools.chain.from_iterable(chosen):
+            tar.add(path, path.relative_to(places.runs_dir))
     return left_out
+
+
+def _size_in_tar(path: Path) -> int:
+    """At most: blocks of content, a header, and what its name and time may need in another."""
+    block = tarfile.BLOCKSIZE
+    return -(-path.stat().st_size // block) * block + 3 * block
 
 
 class _Part(NamedTuple):
@@ -198,8 +206,10 @@ class _Part(NamedTuple):
 
 
 def _part(folder: RunFolder, done: bool, waited_for: bool) -> _Part:
+    from benchmarks.measure import Request, missing  # loads PyTorch
+
     checkpoints = sorted(folder.checkpoints.glob("*.pt"))  # the newest last, by their names
-    over = done and not waited_for and bool(folder.measurements())
+    over = done and not waited_for and not missing(folder, Request())
     behind = set(checkpoints if over else checkpoints[:-1])
     files = [p for p in sorted(folder.path.rglob("*")) if p.is_file() and p not in behind]
     if not done:

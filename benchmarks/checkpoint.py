@@ -66,8 +66,10 @@ def _alone(state: Any) -> Any:
     """The state with tensors that are views copied: torch saves all that a view looks into."""
     if isinstance(state, dict):
         return {key: _alone(value) for key, value in state.items()}
-    if isinstance(state, list | tuple):
-        return type(state)(map(_alone, state))
+    if isinstance(state, list):
+        return [_alone(value) for value in state]
+    if isinstance(state, tuple):
+        return tuple(_alone(value) for value in state)
     if isinstance(state, torch.Tensor) and state.untyped_storage().nbytes() > state.nbytes:
         return state.clone()
     return state

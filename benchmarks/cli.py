@@ -211,7 +211,7 @@ def _train(
     tell(counts_line(sweep.states))
     if failed and not retry_failed:
         tell(f"{len(failed)} runs had failed before and were not tried again (--retry-failed)")
-    at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers * seeds_at_once
+    at_once = on_slurm.jobs_at_once(plan, launched) if on_slurm else workers
     if launch is not None and (compared := forecast.after_sweep(launch, store, wall, at_once)):
         console.print(compared)
     return tables, not sweep.unfinished()
@@ -647,6 +647,13 @@ def campaign(
     from benchmarks import campaign as campaigning
     from benchmarks.packing import pack_results as packed
 
+    if row:
+        from benchmarks.speed import suite
+        from benchmarks.worker import choose_device
+
+        suite.choose(
+            row, choose_device(device).type
+        )  # a wrong name would cost every piece its time
     names = profiles or list(campaigning.GPU)
     places = campaigning.Places(data_dir, runs_dir, results_dir)
     options = ["--jobs", str(jobs), "--device", device, "--seeds-at-once", str(seeds_at_once)]

@@ -74,6 +74,23 @@ def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
             raise
 
 
+@contextmanager
+def drafted(path: Path) -> Iterator[Path]:
+    """A file to be written that takes its place under its name only when it is whole.
+
+    Raises:
+        CannotWrite: The disk is full or the folder cannot be written.
+    """
+    draft = path.with_name(f"{_DRAFT}{path.name}")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield draft
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+
 def remove_drafts(folder: Path) -> None:
     """Remove what a process killed in the middle of ``write_bytes`` left in its folder.
 

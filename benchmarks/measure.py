@@ -136,9 +136,7 @@ class Measurer:
 
     def missing(self, run: Run) -> list[str]:
         """Names of the measurements that a finished run still lacks."""
-        folder = self.store.folder(run)
-        wanted = [name for split in self.request.splits for name in _names(self.request, split)]
-        return [name for name in wanted if not _is_whole(folder, name, self.request)]
+        return missing(self.store.folder(run), self.request)
 
     def measure(self, run: Run) -> list[str]:
         """Make the measurements that a finished run lacks.
@@ -206,6 +204,12 @@ class Measurer:
                     ):
                         if not fine:
                             yield f"{run.label}, {split}: eigenvalue {value:.6g} NOT CONVERGED"
+
+
+def missing(folder: RunFolder, request: Request) -> list[str]:
+    """Names of the measurements of a request that a finished run still lacks."""
+    wanted = [name for split in request.splits for name in _names(request, split)]
+    return [name for name in wanted if not _is_whole(folder, name, request)]
 
 
 def _names(request: Request, split: Split) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks.errors import UserError
-from benchmarks.files import writing
+from benchmarks.files import write_bytes, writing
 from benchmarks.settings import load_profile, profile_name
 
 # What a result folder can do without, the first to stay behind.
@@ -30,7 +30,7 @@ def pack_data(
         profiles: Names or TOML files.
         data_dir: Where the data sets are, or are put if they have to be fetched.
         out: The folder.
-        megabytes: The most that it may come to hold.
+        megabytes: The most that the data of these profiles may take.
         tell: Takes a line for the user.
 
     Returns:
@@ -43,6 +43,8 @@ def pack_data(
     from pof.data.packing import pack
     from pof.errors import PofError
 
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: not a folder; name another one with --out")
     if out.resolve() == data_dir.resolve():
         raise UserError(f"{out}: the data is there already; name another folder with --out")
     names = dict.fromkeys(name for p in profiles for name in load_profile(p).datasets)
@@ -80,7 +82,8 @@ def _check(name: str, data_dir: Path, out: Path) -> None:
     from pof.data import load
     from pof.errors import PofError
 
-    with tempfile.TemporaryDirectory() as scratch:
+    temporary = Path(tempfile.gettempdir())
+    with writing(temporary), tempfile.TemporaryDirectory() as scratch:
         for path in out.rglob("*"):
             if path.is_file():
                 link = Path(scratch) / path.relative_to(out)
@@ -122,13 +125,15 @@ def pack_results(
     for without in ((), _PLOTS):
         kept = [p for p in files if not set(without) & set(p.relative_to(results_dir).parts)]
         left = [str(p.relative_to(results_dir)) for p in files if p not in set(kept)]
-        with writing(archive), tarfile.open(archive, "w:gz") as tar:
-            for path in kept:
-                tar.add(path, path.relative_to(results_dir))
-        size = archive.stat().st_size
-        if size <= megabytes * 1e6:
-            return left
-    archive.unlink()
+        with writing(archive), tempfile.TemporaryFile() as draft:
+            with tarfile.open(fileobj=draft, mode="w:gz") as tar:
+                for path in kept:
+                    tar.add(path, path.relative_to(results_dir))
+            size = draft.tell()
+            if size <= megabytes * 1e6:
+                draft.seek(0)
+                write_bytes(archive, draft.read())
+                return left
     raise UserError(
         f"{archive}: the records alone take {size / 1e6:.1f} MB of {megabytes:g}; pack fewer "
         "profiles at a time or raise --results-megabytes"

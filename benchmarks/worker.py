@@ -153,7 +153,8 @@ class Worker:
         self.device = device
         self.should_stop = should_stop
         self.checkpoint_seconds = checkpoint_seconds
-        self.building = threading.Lock()  # initial weights come from the global generator
+        # Of runs trained at once: the global generator and the compiler are the process's own.
+        self.one_at_a_time = threading.Lock()
         self._runs = plan.by_identity()
         self._datasets: dict[str, data.Dataset] = {}
         self._subject: tuple[str, assembly.Subject] | None = None
@@ -207,10 +208,16 @@ class Worker:
             threading.Thread(target=train, args=(index, run), name=run.name)
             for index, run in enumerate(runs)
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        started = 0
+        try:
+            for thread in threads:
+                thread.start()
+                started += 1
+        finally:
+            for place in range(started, len(threads)):
+                ensemble.leave(place)
+            for thread in threads[:started]:
+                thread.join()
         if broken:
             raise broken[0]
         for run, reason in sorted(refused, key=lambda pair: pair[0].settings.seed):
@@ -264,6 +271,10 @@ class _Company(NamedTuple):
     place: int
     seeds: Sequence[int]
 
+    def met(self) -> set[int]:
+        """Seeds that were computed side by side with this one, its own among them."""
+        return {self.seeds[place] for place in self.ensemble.met(self.place)}
+
 
 class _Attempt:
     """One process's work on one run, from its last checkpoint on."""
@@ -281,7 +292,7 @@ class _Attempt:
         self.folder = folder
         self.compiling = compiling
         self.company = company
-        self.seeds_at_once: set[int] = set()  # at this start or an earlier one
+        self.earlier_seeds: set[int] = set()  # that it was trained at once with
         self.settings = run.settings
         self.warnings: list[str] = []
         self.starts = 0
@@ -294,14 +305,13 @@ class _Attempt:
         """Train to the end; ``False`` if asked to stop on the way."""
         settings = self.settings
         processes = Processes(0, settings.gpus_per_run)
-        with self.worker.building:
+        with self.worker.one_at_a_time:
             subject = self.worker.subject(settings)
             trainer = assembly.build_trainer(settings, subject, self.worker.device, processes)
-        history = self._resume(trainer)
+            history = self._resume(trainer)
         if self.company is not None:
             objective = trainer.gradient.objective
             trainer.gradient.objective = self.company.ensemble.member(self.company.place, objective)
-            self.seeds_at_once.update(self.company.seeds)
         with replicas.together(settings, trainer, self.worker.data_dir, self.worker.device):
             return self._train(trainer, subject, history)
 
@@ -326,13 +336,14 @@ class _Attempt:
             record["images_per_second"] = share * images / (time.monotonic() - began)
             last = trainer.epoch == settings.last_epoch
             if last or trainer.epoch % self.run.evaluate_every == 0:
-                loss, error = evaluate(
-                    network,
-                    subject.test_images,
-                    subject.test_labels,
-                    subject.normalise,
-                    settings.precision,
-                )
+                with self.worker.one_at_a_time:
+                    loss, error = evaluate(
+                        network,
+                        subject.test_images,
+                        subject.test_labels,
+                        subject.normalise,
+                        settings.precision,
+                    )
                 if not math.isfinite(loss):
                     raise UserError(f"the test loss is not finite after epoch {trainer.epoch}")
                 record |= {"test_loss": loss, "test_error": error}
@@ -359,7 +370,7 @@ class _Attempt:
                 self.seconds_before = state["seconds"]
                 self.warnings = state["warnings"] + self.warnings
                 self.parent = state["parent"]
-                self.seeds_at_once.update(state.get("seeds_at_once", ()))
+                self.earlier_seeds.update(state.get("seeds_at_once", ()))
                 trainer.load_state_dict(state["trainer"])
                 return self.folder.keep_metrics(trainer.epoch)
             self.warnings.append("metrics.jsonl lacks epochs before the checkpoint: started over")
@@ -392,7 +403,14 @@ class _Attempt:
         return time.monotonic() - self._saved > self.worker.checkpoint_seconds
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self._began
+        """Time spent so far; of what was spent on several seeds at once, this one's share."""
+        share = 1 if self.company is None else max(1, len(self.company.met()))
+        return self.seconds_before + (time.monotonic() - self._began) / share
+
+    def _seeds_at_once(self) -> list[int]:
+        """Seeds that this run was ever computed side by side with, its own among them."""
+        met = () if self.company is None else self.company.met()
+        return sorted(self.earlier_seeds.union(met))
 
     def _save(self, trainer: Trainer, *, keep: int = 2) -> str:
         state = {
@@ -403,8 +421,8 @@ class _Attempt:
             "parent": self.parent,
             "trainer": trainer.state_dict(),
         }
-        if self.seeds_at_once:
-            state["seeds_at_once"] = sorted(self.seeds_at_once)
+        if seeds := self._seeds_at_once():
+            state["seeds_at_once"] = seeds
         checksum = checkpoint.save(
             self.folder.checkpoints, state, epoch=trainer.epoch, step=trainer.step, keep=keep
         )
@@ -465,9 +483,9 @@ class _Attempt:
                 "seconds": round(self.compiling.seconds, 3),  # of the last start
                 "bits": "not promised: a resumed or repeated run may differ by rounding",
             }
-        if self.seeds_at_once:
+        if seeds := self._seeds_at_once():
             result["at_once"] = {
-                "seeds": sorted(self.seeds_at_once),
+                "seeds": seeds,
                 "bits": "not promised: equal to a run trained alone up to rounding",
             }
         if self.settings.pof is not None:

@@ -29,7 +29,7 @@ class NotSideBySide(PofError):
     """Networks of this kind cannot be computed side by side."""
 
 
-def side_by_side(modules: Sequence[nn.Module], example: Tensor) -> nn.Module:
+def side_by_side(modules: Sequence[nn.Module], example: Tensor | None) -> nn.Module:
     """One module that computes several of the same architecture, each in its own channels.
 
     From then on their parameters and BatchNorm statistics are views into those of the module.
@@ -38,6 +38,7 @@ def side_by_side(modules: Sequence[nn.Module], example: Tensor) -> nn.Module:
         modules: Of convolutions, BatchNorm and whatever treats every channel alike. Each keeps
             its values.
         example: A few images (n, C, H, W): what comes out for them is compared, in float64.
+            ``None`` where modules of this architecture have passed that.
 
     Returns:
         Maps images of all of them (n, S·C, H, W), the first's channels first, to their outputs,
@@ -67,7 +68,8 @@ def side_by_side(modules: Sequence[nn.Module], example: Tensor) -> nn.Module:
                 whole = nn.Parameter(whole, requires_grad=tensor.requires_grad)
             setattr(layer, name, whole)
             parts.append((whole, members))
-    _compare(joined, modules, example)
+    if example is not None:
+        _compare(joined, modules, example)
     for whole, members in parts:
         for member, part in zip(members, whole.detach().chunk(count), strict=True):
             member.data = part
@@ -81,7 +83,8 @@ def _compare(joined: nn.Module, modules: Sequence[nn.Module], example: Tensor) -
     try:
         together = copy.deepcopy(joined).double().train()(torch.cat(images, 1))
     except Exception as error:
-        raise NotSideBySide(f"it cannot be computed: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise NotSideBySide(f"it cannot be computed: {reason}") from error
     alone = torch.cat(
         [copy.deepcopy(m).double().train()(x) for m, x in zip(modules, images, strict=True)], 1
     )
@@ -135,6 +138,12 @@ class Ensemble:
         self._waiting: dict[int, _Request] = {}
         self._turn = threading.Condition()
         self._joined: _Joined | None = None
+        self._compared = False
+        self._met: dict[int, set[int]] = {}
+
+    def met(self, index: int) -> set[int]:
+        """Members that were ever computed side by side with this one, itself among them."""
+        return self._met.get(index, set())
 
     def member(self, index: int, objective: Objective) -> "MemberObjective":
         """The objective of a member, computed together with the others'."""
@@ -166,14 +175,21 @@ class Ensemble:
         requests = [self._waiting[member] for member in sorted(self._waiting)]
         try:
             joined = self._side_by_side(requests)
-            if joined is None:
-                for request in requests:
-                    _answer_alone(request, self._objectives[request.member])
-            else:
+            if joined is not None:
                 joined.answer(requests)
+        except torch.OutOfMemoryError as error:
+            refusal = NotSideBySide(f"together they need too much memory: {error}")
+            for request in requests:
+                request.error = refusal
         except BaseException as error:
             for request in requests:
                 request.error = error
+        else:
+            for request in requests if joined is None else ():
+                try:
+                    _answer_alone(request, self._objectives[request.member])
+                except BaseException as error:
+                    request.error = error
         self._waiting.clear()
         self._turn.notify_all()
 
@@ -188,8 +204,12 @@ class Ensemble:
         if len(members) == 1 or len(asked) > 1:
             return None
         if self._joined is None or self._joined.members != members:
-            example = requests[0].images[:_PROBED]
+            example = None if self._compared else requests[0].images[:_PROBED]
+            self._joined = None  # its memory goes before the next one's comes
             self._joined = _Joined(members, objectives, example, compile=self._compile)
+            self._compared = True
+            for member in members:
+                self._met.setdefault(member, set()).update(members)
         return self._joined
 
 
@@ -200,7 +220,7 @@ class _Joined:
         self,
         members: tuple[int, ...],
         objectives: Sequence[Objective],
-        example: Tensor,
+        example: Tensor | None,
         *,
         compile: bool,
     ) -> None:

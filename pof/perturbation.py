@@ -210,7 +210,7 @@ def _search_on_host(margins: Tensor, rates: Tensor, cap: Tensor | float, classes
     """The secant method for log A − log B, from Newton's step at ξ ≈ 0.
 
     Each trial stays in the bracket that the signs of L′ have shown so far. Where a step would
-    leave it, as it may among kinks, the bracket is halved in log ξ.
+    leave it, as it may among kinks, the bracket is halved in log ξ, or closed by trying the cap.
     """
 
     def found(xi: float, *, capped: bool = False) -> Range:
@@ -244,7 +244,7 @@ def _search_on_host(margins: Tensor, rates: Tensor, cap: Tensor | float, classes
         following = min(xi - height / slope, top) if slope < 0.0 else math.nan
         straight = low < following < high and (trial < _FREE_TRIALS or trial % 2 == 0)
         if not straight:
-            following = math.sqrt(low) * math.sqrt(min(high, top))
+            following = math.sqrt(low) * math.sqrt(high) if high < math.inf else top
         last_xi, last_height, last_move, move = xi, height, move, following - xi
         xi = following
         # A secant's error goes with the product of the last two.

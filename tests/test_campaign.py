@@ -5,10 +5,11 @@ import tarfile
 
 import pytest
 
-from benchmarks import campaign
+from benchmarks import campaign, measure
 from benchmarks import plan as planning
 from benchmarks.campaign import Places
 from benchmarks.errors import UserError
+from benchmarks.files import write_json
 from benchmarks.settings import profile_name
 from benchmarks.store import State, Store
 from tests.harness import finish, make_plan, profile_file, record
@@ -90,7 +91,9 @@ def test_what_unfinished_runs_need_is_packed_first(tmp_path):
     )
 
 
-def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them(tmp_path):
+def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them(
+    tmp_path, monkeypatch
+):
     where = places(tmp_path)
     profile = str(profile_file(tmp_path))
     plan, store = make_plan(tmp_path), Store(where.runs_dir)
@@ -98,10 +101,16 @@ def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them
     for run in plan.runs:
         finish(store, run, 1.0)
         folder = store.folder(run)
-        for name in ("e0001-s000000-a.pt", "e0002-s000000-b.pt", "measurements/m.json"):
-            path = folder.path / ("" if "/" in name else "checkpoints") / name
+        for name in ("e0001-s000000-a.pt", "e0002-s000000-b.pt"):
+            path = folder.path / "checkpoints" / name
             path.parent.mkdir(exist_ok=True)
-            path.write_bytes(bytes(400_000) if name.endswith("pt") else b"{}")
+            path.write_bytes(bytes(400_000))
+        made = folder.path / "measurements" / "range-test.json"  # of the eight
+        write_json(made, {})
+    unmeasured = set[str]()
+    monkeypatch.setattr(
+        measure, "missing", lambda folder, _: ["a"] if folder.path.name in unmeasured else []
+    )
     _, sgd_on, sam, *_ = plan.runs
 
     def packed(*profiles, megabytes=60.0):
@@ -110,11 +119,15 @@ def test_finished_runs_travel_as_records_unless_another_profile_starts_from_them
         with tarfile.open(archive) as tar:
             names = tar.getnames()
         assert {f"{run.name}/result.json" for run in plan.runs} <= set(names)
-        assert f"{sgd_on.name}/measurements/m.json" in names
+        assert f"{sgd_on.name}/measurements/range-test.json" in names
+        assert archive.stat().st_size <= megabytes * 1e6
         return [name for name in names if name.endswith(".pt")], left_out
 
     assert packed(profile) == ([], [])
     newest = "checkpoints/e0002-s000000-b.pt"
+    unmeasured.add(sgd_on.name)  # or partly measured: the rest needs its checkpoint
+    assert packed(profile) == ([f"{sgd_on.name}/{newest}"], [])
+    unmeasured.clear()
     changes = {"methods": ["sam+more"], "variants": {"more": {"gamma": 3.0}}}
     later = str(profile_file(tmp_path, changes, name="later"))  # has no plan yet
     assert packed(profile, later) == ([f"{sam.name}/{newest}"], [])

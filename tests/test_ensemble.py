@@ -16,6 +16,7 @@ from pof.data.augmentation import Normalise
 from pof.data.batches import Batches
 from pof.data.official import DIGITS_FINGERPRINT
 from pof.ensemble import Ensemble, NotSideBySide, side_by_side
+from pof.ensemble import _Joined as Joined
 from pof.network import create
 from pof.objective import Objective
 from pof.post_training import PoFGradient
@@ -225,27 +226,57 @@ def test_what_works_across_channels_is_refused_and_left_as_it_was(layers):
             assert value.untyped_storage().nbytes() == value.nbytes
 
 
-def test_an_error_reaches_every_member():
-    members = [trainer("sgd", seed) for seed in range(2)]
-    ensemble = Ensemble(2)
-    errors = []
+def asking(members, ensemble, ask):
+    """Let every member ask once, each in its own thread; what went wrong, by member."""
+    errors = {}
 
-    def ask(index):
+    def work(index):
         objective = ensemble.member(index, members[index].gradient.objective)
-        images, labels = members[index].batches.draw()
         try:
-            objective.gradient(images, labels + 3)  # no such classes
-        except (IndexError, RuntimeError) as error:
-            errors.append(error)
+            ask(index, objective, *members[index].batches.draw())
+        except Exception as error:
+            errors[index] = error
         finally:
             ensemble.leave(index)
 
-    threads = [threading.Thread(target=ask, args=(index,)) for index in range(2)]
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(members))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    return errors
+
+
+def test_an_error_of_one_that_is_computed_alone_is_its_own():
+    def ask(index, objective, images, labels):
+        if index == 0:
+            objective.gradient(images[:5], labels[:5] + 3)  # no such classes
+        else:
+            objective.gradient(images, labels)
+
+    ensemble = Ensemble(2)
+    assert list(asking([trainer("sgd", seed) for seed in range(2)], ensemble, ask)) == [0]
+    assert ensemble.met(1) == set()
+
+
+def test_too_little_memory_for_all_at_once_sends_each_on_its_own_way(monkeypatch):
+    def fail(self, requests):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(Joined, "answer", fail)
+    members = [trainer("sgd", seed) for seed in range(2)]
+    errors = asking(members, Ensemble(2), lambda _, objective, *batch: objective.gradient(*batch))
+    assert {type(error) for error in errors.values()} == {NotSideBySide}
     assert len(errors) == 2
+
+
+def test_an_error_reaches_every_member():
+    members = [trainer("sgd", seed) for seed in range(2)]
+
+    def ask(_, objective, images, labels):
+        objective.gradient(images, labels + 3)  # no such classes
+
+    assert len(asking(members, Ensemble(2), ask)) == 2
 
 
 def sweep(folder, changes=None):
@@ -337,6 +368,46 @@ def test_a_member_that_fails_does_not_hold_up_the_others(tmp_path, monkeypatch):
     endings = carry_out(plan, store, tmp_path, first)
     expected = {0: (Ending.DONE, ""), 1: (Ending.FAILED, "no luck"), 2: (Ending.DONE, "")}
     assert {run.settings.seed: endings[run.identity] for run in first} == expected
+    for run in first:
+        if run.settings.seed != 1:
+            assert store.folder(run).result()["at_once"]["seeds"] == [0, 2]
+
+
+def test_a_seed_that_begins_beside_one_that_resumes_begins_as_it_would_alone(tmp_path, monkeypatch):
+    """Both set the global generator, which initial weights are drawn from."""
+    plan = sweep(tmp_path, {"methods": ["sgd"], "seeds": [0, 1]})
+    first = [run for run in plan.runs if run.parent is None]
+    store = Store(tmp_path / "runs")
+    stopped = Worker(store, plan, tmp_path, device=torch.device("cpu"), should_stop=after(3))
+    assert stopped.carry_out(first[0])[0] is Ending.INTERRUPTED
+    begun, create = threading.Event(), working.assembly.network.create
+    load = working.Trainer.load_state_dict
+
+    def create_late(*arguments, **options):
+        """Between the seed and the weights, time for the other to resume."""
+        begun.set()
+        threading.Event().wait(0.3)
+        return create(*arguments, **options)
+
+    def load_then(self, state):
+        begun.wait(1.0)
+        load(self, state)
+
+    weights = {}
+    train = working._Attempt._train
+
+    def note(self, trainer, *rest):
+        weights[self.settings.seed] = working.weights_sha256(trainer.network)
+        return train(self, trainer, *rest)
+
+    monkeypatch.setattr(working._Attempt, "_train", note)
+    alone = Store(tmp_path / "alone")
+    assert Worker(alone, plan, tmp_path, device=torch.device("cpu")).carry_out(first[1])[1] == ""
+    expected = weights[1]
+    monkeypatch.setattr(working.assembly.network, "create", create_late)
+    monkeypatch.setattr(working.Trainer, "load_state_dict", load_then)
+    carry_out(plan, store, tmp_path, first)
+    assert weights[1] == expected
 
 
 def test_a_sweep_trains_seeds_at_once_in_real_workers(tmp_path):

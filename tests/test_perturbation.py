@@ -163,6 +163,21 @@ def test_the_cap_cuts_a_finite_minimiser(search):
 
 
 @pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize("cap", [10.0, 300.0])
+def test_the_cap_is_found_where_the_class_that_gains_has_no_probability_yet(cap):
+    """One class falls behind; another, which would gain, is exp(−800) likely and counts as 0."""
+    logits = torch.tensor([[0.0, 5.0, -800.0]], dtype=torch.float64)
+    slopes = torch.tensor([[0.0, 1.0, -1.0]], dtype=torch.float64)
+    target = target_distribution(torch.tensor([0]), 3)
+    found = perturbation_range(logits, slopes, target, cap=cap)
+    assert found.capped
+    assert found.xi == cap
+    beyond = perturbation_range(logits, slopes, target, cap=1e4)
+    assert not beyond.capped
+    assert beyond.xi == pytest.approx(402.5, rel=0.07)  # 5 − ξ = ξ − 800
+
+
+@pytest.mark.usefixtures("driver")
 def test_uphill_flat_and_vanishing_rays_give_zero():
     logits, slopes, target, norm = make_ray(0)
     for d, cap in [(-slopes, 1e4 * norm), (0 * slopes, 1.0), (0 * slopes, 0.0), (slopes, 0.0)]:

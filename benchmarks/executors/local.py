@@ -218,9 +218,13 @@ class _Pool:
     def _at_once(self, ready: Sequence[Run]) -> list[Run]:
         """The first of the runs, and others to be trained with it."""
         first = ready[0]
-        if first.settings.gpus_per_run > 1:
-            return [first]
-        alike = [run for run in ready if run.apart_from_seed == first.apart_from_seed]
+        if first.settings.gpus_per_run > 1 or first.identity in self.crashes:
+            return [first]  # of several that died together, one may have brought the others down
+        alike = [
+            run
+            for run in ready
+            if run.apart_from_seed == first.apart_from_seed and run.identity not in self.crashes
+        ]
         return alike[: self.options.seeds_at_once]
 
     def _busy(self) -> int:

@@ -135,7 +135,8 @@ def _run(results: Results, run: Run) -> Iterator[str]:
         yield from _environment(environment)
     starts = result.get("starts", 1)
     restarts = f", {starts - 1} restarts" if starts > 1 else ""
-    yield f"  {result['seconds']:.0f} s of wall time{restarts}"
+    share = ", this run's share" if "at_once" in result else ""
+    yield f"  {result['seconds']:.0f} s of wall time{share}{restarts}"
     for how, said in (("compiled", "compiled"), ("at_once", "at once with other seeds")):
         if how in result:
             yield f"  trained {said}: bits {result[how]['bits']}"

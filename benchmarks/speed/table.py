@@ -86,9 +86,12 @@ def read(path: Path) -> list[Result]:
 
 
 def measured(path: Path, here: Mapping[str, Any], revision: str) -> set[str]:
-    """Rows that have their figure, or the reason why not, of this machine and this code."""
+    """Rows that have their figure, or the reason why not, of this machine and this code.
+
+    None where the code is of no commit: it may have changed.
+    """
     beside = path.with_suffix(".json")
-    if not beside.exists() or read_json(beside) != here:
+    if not revision or revision.endswith("+") or not beside.exists() or read_json(beside) != here:
         return set()
     return {r.row for r in read(path) if r.revision == revision}
 
