@@ -23,7 +23,11 @@ from benchmarks.settings import load_profile, profile_name
 from benchmarks.store import RunFolder, State, Store
 
 # What is worth a GPU's time, in this order.
-GPU = ("gpu-fashion", "gpu-cifar10-jpeg", "gpu-map", "gpu-wide")
+GPU = (
+    *("gpu-fashion", "gpu-cifar10-jpeg", "gpu-map"),
+    *("gpu-arithmetic-fp32", "gpu-arithmetic-bf16", "gpu-arithmetic-compiled"),
+    "gpu-wide",
+)
 
 # Of the rows of ``benchmarks speed``, those that say something on a GPU.
 SPEED = (
