@@ -123,7 +123,9 @@ class Ensemble:
 
     Every member has a thread of its own and must say when it leaves, also when it never came.
     Whenever all who are left wait, they are answered at once where they ask for the same, and one
-    after the other where not (the smaller last batch of an epoch, say).
+    after the other where not (the smaller last batch of an epoch, say). Members whose networks
+    cannot be computed side by side, or not in the memory there is, get `NotSideBySide` for an
+    answer: they may go on alone from their last checkpoints.
 
     Args:
         size: How many members are expected.
