@@ -20,6 +20,7 @@ from benchmarks.plan import Plan
 from benchmarks.run import Run
 from benchmarks.store import MEASUREMENTS, RunFolder, State, Store
 from pof import data
+from pof.errors import PofError
 from pof.hessian import (
     ClassifierHessian,
     Eigen,
@@ -361,7 +362,10 @@ def _block(setting: _Setting) -> Iterator[dict[str, Any]]:
     request = setting.request
     build: Callable[..., Any] = block_hessian if request.matrix == "hessian" else block_gauss_newton
     block = "" if request.block == "network" else request.block
-    operator = build(setting.network, setting.images, block=block)
+    try:
+        operator = build(setting.network, setting.images, block=block)
+    except PofError as error:
+        raise UserError(str(error)) from error
     top, low = extreme_eigenvalues(
         operator,
         largest=min(request.top, operator.shape[0] - 1),

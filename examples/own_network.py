@@ -62,9 +62,12 @@ def main() -> None:
     sam = pof.SAMGradient(objective, pof.SAMSettings(rho=0.05))
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     stream = batches(seed=1)
-    for _ in range(6 * stream.per_epoch):
+    steps = 8 * stream.per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         sam(*stream.draw())
         optimizer.step()
+        schedule.step()
     _, error = evaluate(network, images, labels, normalise)
     print(f"training error after SAM: {error:.1f}%")
     assert error < 5.0

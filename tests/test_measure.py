@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks import assembly, checkpoint
 from benchmarks import plan as planning
+from benchmarks.errors import UserError
 from benchmarks.measure import Measurer, Request
 from benchmarks.report import write_report
 from benchmarks.report.landscape import _turned
@@ -112,6 +113,13 @@ def test_the_numbers_of_random_vectors_are_part_of_what_was_asked_for(trained):
     assert few.items() <= density["request"].items()
     assert run not in Measurer(store, plan, folder, CPU, Request(**block, **few)).to_do()
     assert run in Measurer(store, plan, folder, CPU, Request(**block)).to_do()
+
+
+def test_a_block_that_is_not_there_is_a_users_mistake(trained):
+    store, plan, folder = trained
+    request = Request(block="feature_extractor.bn_oud", splits=("test",), samples=10)
+    with pytest.raises(UserError, match=r"did you mean one of feature_extractor\.bn_out"):
+        Measurer(store, plan, folder, CPU, request).measure(plan.runs[0])
 
 
 def test_an_eigenvector_is_drawn_alike_whichever_sign_it_came_with():
